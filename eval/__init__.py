@@ -1,0 +1,1 @@
+"""What quantization cost: FID, CLIP score, paired similarity, speed and the report."""

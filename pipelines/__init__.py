@@ -1,0 +1,1 @@
+"""Families and the facade: what a pipeline consists of, and `DQPipeline`."""
