@@ -1,0 +1,73 @@
+"""Imports go downwards only, without cycles; lazy imports and imports for types count too."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (  # from the bottom; modules of a package share its layer
+    "dq.errors dq.registry dq.distance dq.progress dq.packing dq.kernels dq.checkpoints",
+    "dq.formats dq.spec dq.quantize dq.scales dq.observers",
+    "dq.plan",
+    "dq.nn dq.attention dq.calibrate dq.tune dq.family",
+    "dq.engine dq.recipe dq.integration",
+    "dq.methods",
+    "dq.pipelines dq.eval",
+    "dq.cli dq.demo dq.bench dq.__main__ dq",
+)
+LAYER = {unit: layer for layer, units in enumerate(LAYERS) for unit in units.split()}
+
+
+def find_modules() -> dict[str, Path]:
+    modules = {}
+    for package, folder in {"dq": "dq", "dq.pipelines": "pipelines", "dq.eval": "eval"}.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            modules[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return modules
+
+
+MODULES = find_modules()
+
+
+def imports(module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                found.add(f"dq.relative import in line {node.lineno}")
+                continue
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return {name for name in found if name.split(".")[0] == "dq"}
+
+
+def unit(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+GRAPH = {module: imports(module) for module in sorted(MODULES) if module != "dq"}  # dq: the façade
+
+
+@pytest.mark.parametrize("module", GRAPH)
+def test_imports_go_downwards(module: str) -> None:
+    assert unit(module) in LAYER, f"give {unit(module)} a layer in {Path(__file__).name}"
+    for target in GRAPH[module]:
+        assert unit(target) in LAYER, f"{module}: no layer holds {target}"
+        assert LAYER[unit(target)] <= LAYER[unit(module)], f"{module} imports upwards: {target}"
+        pair = {unit(module), unit(target)}
+        assert pair != {"dq.pipelines", "dq.eval"}, f"{module} and {target} must be strangers"
+        if unit(module) == "dq.checkpoints":
+            allowed = {"dq.checkpoints", "dq.errors"}
+            assert unit(target) in allowed, f"{module} may import dq.errors only, not {target}"
+
+
+def test_no_cycles() -> None:
+    try:
+        graphlib.TopologicalSorter(GRAPH).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
