@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # from the bottom; modules of a package share its layer
-    "dq.errors dq.registry dq.distance dq.progress dq.packing dq.kernels dq.checkpoints",
-    "dq.formats dq.spec dq.quantize dq.scales dq.observers",
+    "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.kernels dq.checkpoints",
+    "dq.formats dq.spec dq.quantize dq.scales dq.observers dq.storage",
     "dq.plan",
     "dq.nn dq.attention dq.calibrate dq.tune dq.family",
     "dq.engine dq.recipe dq.integration",
