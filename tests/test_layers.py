@@ -2,11 +2,11 @@
 
 import ast
 import graphlib
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.modules import MODULES
+
 LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.kernels dq.checkpoints",
     "dq.formats dq.spec dq.quantize dq.scales dq.observers dq.storage",
@@ -18,18 +18,6 @@ LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.cli dq.demo dq.bench dq.__main__ dq",
 )
 LAYER = {unit: layer for layer, units in enumerate(LAYERS) for unit in units.split()}
-
-
-def find_modules() -> dict[str, Path]:
-    modules = {}
-    for package, folder in {"dq": "dq", "dq.pipelines": "pipelines", "dq.eval": "eval"}.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            modules[".".join((package, *parts)).removesuffix(".__init__")] = path
-    return modules
-
-
-MODULES = find_modules()
 
 
 def imports(module: str) -> set[str]:
@@ -55,7 +43,7 @@ GRAPH = {module: imports(module) for module in sorted(MODULES) if module != "dq"
 
 @pytest.mark.parametrize("module", GRAPH)
 def test_imports_go_downwards(module: str) -> None:
-    assert unit(module) in LAYER, f"give {unit(module)} a layer in {Path(__file__).name}"
+    assert unit(module) in LAYER, f"give {unit(module)} a layer in this file"
     for target in GRAPH[module]:
         assert unit(target) in LAYER, f"{module}: no layer holds {target}"
         assert LAYER[unit(target)] <= LAYER[unit(module)], f"{module} imports upwards: {target}"

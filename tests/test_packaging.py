@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-FOLDERS = {"dq": "dq", "dq.pipelines": "pipelines", "dq.eval": "eval"}
-SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
-    "setuptools"
-]
+from tests.modules import FOLDERS, MODULES, ROOT
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETTINGS = PYPROJECT["tool"]["setuptools"]
 CHECKPOINTS = [pattern.split("/")[0] for pattern in SETTINGS["package-data"]["dq.checkpoints"]]
 UNTRACKED = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist", ".*")
 
@@ -38,11 +37,9 @@ def python(code: str, *paths: Path, cwd: Path) -> subprocess.CompletedProcess[st
 
 def test_every_package_is_listed() -> None:
     """A package missing from the list works in an editable installation and not in the wheel."""
-    found = set()
-    for package, folder in FOLDERS.items():
-        for path in (ROOT / folder).rglob("*.py"):
-            found.add(".".join((package, *path.parent.relative_to(ROOT / folder).parts)))
-            assert (path.parent / "__init__.py").exists(), f"{path.parent} lacks __init__.py"
+    folders = {path.parent for path in MODULES.values()}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
+    found = [name for name, path in MODULES.items() if path.name == "__init__.py"]
     assert sorted(found) == sorted(SETTINGS["packages"])
 
 
@@ -75,7 +72,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_contents(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names} == {"dq", "dq_diffusion-0.1.0.dist-info"}
+    metadata = f"dq_diffusion-{PYPROJECT['project']['version']}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"dq", metadata}
     for package, folder in FOLDERS.items():
         for path in (ROOT / folder).rglob("*.py"):
             inside = package.replace(".", "/") + "/" + path.relative_to(ROOT / folder).as_posix()
