@@ -1,0 +1,257 @@
+"""Calibration: what really enters the denoiser, and what ranges its layers see.
+
+Inputs are captured by a pre-hook on the denoiser while its own pipeline draws images, then replayed:
+every method sees the same calls, in the same order, whatever else it does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dq.errors import DQError, inside
+from dq.nn import describe
+from dq.nn.simulated import segments
+from dq.observers import Observer, observers
+from dq.plan import LayerSpec, Plan
+from dq.progress import track
+from dq.work import Work
+
+__all__ = ["Calibration", "CalibrationSpec", "Call", "InputRanges", "Source", "tap_inputs"]
+
+Call = dict[str, Any]  # the keyword arguments of one forward call of the denoiser
+InputRanges = dict[str, tuple[Tensor, Tensor]]  # layer name to (low, high), each (S,) float32
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """What calibration runs on.
+
+    Args:
+        prompts: Texts, taken in order and repeated if fewer than `n`; for class-conditional models
+            class names. None takes the model's own or the built-in ones.
+        n: Number of images.
+        steps: Denoising steps of each.
+        batch: Images drawn at a time.
+        seed: Of image 0; image i has seed + i.
+    """
+
+    prompts: tuple[str, ...] | None = None
+    n: int = 16
+    steps: int = 10
+    batch: int = 8
+    seed: int = 0
+
+
+class Source(Protocol):
+    """Something that makes the denoiser run: a pipeline with prompts or classes."""
+
+    def batches(self, spec: CalibrationSpec) -> int:
+        """Return how many batches there are."""
+
+    def run(self, spec: CalibrationSpec, batch: int) -> None:
+        """Draw the images of one batch; the denoiser is called on the way."""
+
+
+@contextmanager
+def tap_inputs(
+    layers: Mapping[str, nn.Module], seen: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While active, call `seen(name, input)` at each forward call of the named layers."""
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen(name, args[0].detach())
+
+    handles = [m.register_forward_pre_hook(partial(hook, name)) for name, m in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _captured(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    """While active, append the arguments of each call of `model`, bound to their names."""
+    signature = inspect.signature(model.forward)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bound = signature.bind(*args, **kwargs).arguments
+        calls.append({k: _detached(v) for k, v in bound.items() if k != "return_dict"})
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, Mapping):
+        return {k: _detached(v) for k, v in value.items()}
+    return value
+
+
+def _flatten(call: Call) -> dict[str, Tensor]:
+    """Return the tensors of a call under dotted names; what is not a tensor must be None."""
+    flat: dict[str, Tensor] = {}
+    for key, value in call.items():
+        if isinstance(value, Tensor):
+            flat[key] = value
+        elif isinstance(value, Mapping):
+            flat |= {f"{key}.{k}": v for k, v in _flatten(dict(value)).items()}
+        elif isinstance(value, (int, float)):
+            flat[key] = torch.tensor(value)
+        elif value is not None:
+            raise DQError(f"argument {key!r} of the denoiser is a {type(value).__name__}: "
+                          "calibration can replay tensors, numbers and dictionaries of them")  # fmt: skip
+    return flat
+
+
+def _unflatten(flat: Mapping[str, Tensor]) -> Call:
+    call: Call = {}
+    for key, value in flat.items():
+        *path, leaf = key.split(".")
+        place = call
+        for name in path:
+            place = place.setdefault(name, {})
+        place[leaf] = value
+    return call
+
+
+@dataclass
+class Calibration:
+    """Captured calls of one denoiser, made when first asked for.
+
+    Args:
+        model: The denoiser, float.
+        source: What makes it run; None if the recipe has no data.
+        spec: How much.
+        work: Where finished batches and stages are kept.
+    """
+
+    model: nn.Module
+    source: Source | None
+    spec: CalibrationSpec
+    work: Work = field(default_factory=lambda: Work(None))
+
+    def batches(self) -> Iterator[list[Call]]:
+        """Yield the calls of each batch of images, capturing what was not captured before.
+
+        Raises:
+            DQError: If there is no source.
+        """
+        if self.source is None:
+            raise DQError(
+                "this recipe needs calibration data, and only the denoiser was given; use "
+                "DQPipeline.from_pretrained(model, recipe=...), or a recipe with dynamic inputs "
+                "such as 'w8a8-dynamic'"
+            )
+        for batch in track(range(self.source.batches(self.spec)), "calibrating"):
+            yield self._batch(self.source, batch)
+
+    def _batch(self, source: Source, batch: int) -> list[Call]:
+        stage = f"calls-{batch:04d}"
+        stored = self.work.load(stage)
+        if stored is None:
+            calls: list[Call] = []
+            with _captured(self.model, calls):
+                source.run(self.spec, batch)
+            if not calls:
+                raise DQError("the pipeline drew images without calling its denoiser")
+            stored = {
+                f"{index:04d}.{key}": value
+                for index, call in enumerate(calls)
+                for key, value in _flatten(call).items()
+            }
+            self.work.save(stage, stored)
+        return [call for _, call in sorted(_unflatten(stored).items())]
+
+    @torch.no_grad()
+    def replay(self, calls: Sequence[Call]) -> Iterator[Any]:
+        """Run the denoiser on captured calls again and yield its outputs."""
+        parameter = next(self.model.parameters())
+        for call in calls:
+            yield self.model(**_moved(call, parameter.device), return_dict=False)[0]
+
+    def input_ranges(self, plan: Plan) -> InputRanges:
+        """Return the range of each segment of each static input of the plan.
+
+        Raises:
+            DQError: If a layer sees values that are not finite, or is never reached.
+        """
+        wanted = {
+            name: spec
+            for name, spec in plan.layers.items()
+            if spec.input is not None and not spec.input.dynamic
+        }
+        if not wanted:
+            return {}
+        stored = self.work.load("ranges")
+        if stored is None or set(stored) != {f"{n}.{s}" for n in wanted for s in ("low", "high")}:
+            stored = self._observe(wanted)
+            self.work.save("ranges", stored)
+        return {name: (stored[f"{name}.low"], stored[f"{name}.high"]) for name in wanted}
+
+    def _observe(self, wanted: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
+        layers = {name: self.model.get_submodule(name) for name in wanted}
+        watchers = {
+            name: _SegmentObserver(describe(name, layers[name]), layers[name], spec)
+            for name, spec in wanted.items()
+        }
+        with tap_inputs(layers, lambda name, x: watchers[name].update(x)):
+            for calls in self.batches():
+                for _ in self.replay(calls):
+                    pass
+        result = {}
+        for name, watcher in watchers.items():
+            result[f"{name}.low"], result[f"{name}.high"] = watcher.range()
+        return result
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {k: _moved(v, device) for k, v in value.items()}
+    return value
+
+
+class _SegmentObserver:
+    """One observer for each channel segment of a layer's input."""
+
+    def __init__(self, place: str, layer: nn.Module, spec: LayerSpec) -> None:
+        assert isinstance(layer, (nn.Linear, nn.Conv2d))  # plans name no other layers
+        assert spec.input is not None  # the caller has filtered
+        self.place = place
+        self.axis = -1 if isinstance(layer, nn.Linear) else 1
+        self.sizes = segments(layer, spec)
+        made = observers[spec.input.observer]
+        self.observers: list[Observer] = [made(spec.input) for _ in self.sizes]
+
+    def update(self, x: Tensor) -> None:
+        """Take in one input of the layer."""
+        for observer, part in zip(self.observers, x.split(self.sizes, self.axis), strict=True):
+            flat = part.float().reshape(1, -1)
+            if not bool(torch.isfinite(flat.sum())):
+                raise DQError(
+                    f"{self.place}: its input is not finite during calibration; "
+                    "calibrate in float32 or bfloat16, and check the checkpoint"
+                )
+            observer.update(flat)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Return (low, high), `(S,)` each."""
+        with inside(self.place):
+            ranges = [observer.range() for observer in self.observers]
+        low, high = zip(*ranges, strict=True)
+        return torch.cat(low), torch.cat(high)

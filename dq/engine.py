@@ -1,0 +1,138 @@
+"""The one driver: observe, decide, install, tune for each step of a recipe, then pack."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dq.calibrate import Calibration, InputRanges, Source
+from dq.errors import DQError
+from dq.family import Family, family_of
+from dq.nn import QuantLayer, install, pack_model, packed_layers, uninstall
+from dq.plan import Plan
+from dq.registry import Registry
+from dq.work import Work, fingerprint
+
+if TYPE_CHECKING:
+    from dq.recipe import Recipe
+
+__all__ = ["Job", "Method", "decide", "methods", "quantize"]
+
+logger = logging.getLogger("dq")
+
+
+@dataclass
+class Job:
+    """The only carrier that methods are given.
+
+    Attributes:
+        model: The denoiser; float before `install`, simulated after.
+        family: What is known about it.
+        plan: The decisions so far.
+        calibration: Captured calls, made on first use.
+        generator: Source of every random number that a method draws.
+    """
+
+    model: nn.Module
+    family: Family
+    plan: Plan
+    calibration: Calibration
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One step of a recipe. A subclass is a frozen dataclass of its hyper-parameters.
+
+    It overrides the hooks that it needs.
+    """
+
+    def observe(self, job: Job) -> None:
+        """Measure what `decide` will ask for; results are kept in `job.calibration.work`."""
+
+    def decide(self, job: Job) -> Plan:
+        """Return the plan that `job.plan` becomes. Sees the model on the meta device if data-free."""
+        return job.plan
+
+    def tune(self, job: Job) -> None:
+        """Change weights and scales of the simulated layers, in place."""
+
+
+methods: Registry[type[Method]] = Registry("method", home="dq.methods")
+
+
+def decide(model: nn.Module, recipe: Recipe) -> Plan:
+    """Return the plan of a data-free recipe; the model may lie on the meta device.
+
+    Raises:
+        DQError: If the recipe needs calibration data.
+    """
+    job = _job(model, recipe, None, None)
+    for method in recipe.steps:
+        method.observe(job)
+        job.plan = method.decide(job)
+    if job.plan.is_static():
+        next(job.calibration.batches())  # raises: there is no source
+    return job.plan
+
+
+def quantize(
+    model: nn.Module, recipe: Recipe, source: Source | None = None, work: Path | None = None
+) -> Plan:
+    """Quantize a denoiser in place and pack it.
+
+    Args:
+        model: The denoiser, with float weights.
+        recipe: What to do.
+        source: Makes the denoiser run for calibration; may be None for data-free recipes.
+        work: Folder for finished stages; the same job started again continues there.
+
+    Returns:
+        The plan. If anything fails, the model is left as it was.
+    """
+    job = _job(model, recipe, source, work)
+    training = model.training
+    model.eval()
+    try:
+        for method in recipe.steps:
+            method.observe(job)
+            job.plan = method.decide(job)
+            ranges = job.calibration.input_ranges(job.plan)
+            install(model, job.plan)
+            _set_ranges(model, ranges)
+            method.tune(job)
+        pack_model(model)
+    except BaseException:
+        uninstall(model)
+        raise
+    finally:
+        model.train(training)
+    for name, note in job.plan.notes.items():
+        logger.info("%s: %s", name, note)
+    return job.plan
+
+
+def _job(model: nn.Module, recipe: Recipe, source: Source | None, work: Path | None) -> Job:
+    if packed_layers(model):
+        raise DQError(
+            f"this {type(model).__name__} is quantized already; "
+            "start from the float checkpoint, or call dequantize() first"
+        )
+    folder = None if work is None else work / fingerprint(model, recipe.to_dict())
+    plan = Plan(type(model).__name__, {})
+    calibration = Calibration(model, source, recipe.calibration, Work(folder))
+    generator = torch.Generator().manual_seed(recipe.calibration.seed)
+    return Job(model, family_of(model), plan, calibration, generator)
+
+
+def _set_ranges(model: nn.Module, ranges: InputRanges) -> None:
+    for name, (low, high) in ranges.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantLayer)  # ranges are asked for planned layers only
+        for index, quantizer in enumerate(layer.input_quantizers):
+            quantizer.set_range(low[index], high[index])

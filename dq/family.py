@@ -1,0 +1,110 @@
+"""What methods may know about a model: a record, and the registry of families.
+
+Methods select layers by role, never by name; names are known here and in `dq.pipelines` only.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import nn
+
+from dq.errors import DQError
+from dq.registry import Registry
+
+__all__ = ["Family", "Role", "assign_roles", "families", "family_of", "quantizable"]
+
+
+class Role(StrEnum):
+    """What a layer does in a denoiser."""
+
+    IO = "io"  # first and last layers, which face pixels or latents
+    TIME = "time"  # embeddings of timestep, size, pooled text, and their projections into blocks
+    MODULATION = "modulation"  # adaptive layer norm: shift, scale and gate
+    CAPTION = "caption"  # projection of text embeddings before the blocks
+    CONVOLUTION = "convolution"  # residual blocks and resampling
+    SKIP = "skip"  # shortcuts that see a raw concatenation of two sources
+    PROJECTION = "projection"  # into and out of a stack of transformer blocks
+    SELF_ATTENTION = "self-attention"
+    CROSS_ATTENTION = "cross-attention"  # q and output
+    CROSS_KV = "cross-k/v"  # k and v of text
+    FEED_FORWARD = "feed-forward"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of denoiser.
+
+    Args:
+        name: How messages call it, e.g. "unet".
+        denoiser: Name of the pipeline component, "unet" or "transformer".
+        classes: Class names of denoisers that it describes.
+        roles: Role of each Linear and Conv2d, by module name.
+        blocks: Names of the modules that repeat, in the order in which they run.
+        splits: Sizes of the channel segments of inputs that are raw concatenations, by module name.
+        sample_inputs: Keyword arguments of a forward call, from (model, batch, generator): random,
+            of the right shapes and dtypes, for tests and benchmarks.
+        dynamic_inputs: Whether activations are quantized by token at run time unless a recipe says
+            otherwise: transformers, where channels of few tokens dominate static ranges.
+    """
+
+    name: str
+    denoiser: str
+    classes: tuple[str, ...]
+    roles: Callable[[nn.Module], Mapping[str, Role]]
+    blocks: Callable[[nn.Module], tuple[str, ...]]
+    splits: Callable[[nn.Module], Mapping[str, tuple[int, ...]]]
+    sample_inputs: Callable[[nn.Module, int, torch.Generator], dict[str, Any]]
+    dynamic_inputs: bool = False
+
+
+families: Registry[Family] = Registry("family", home="dq.pipelines")
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the family that describes `model`.
+
+    Raises:
+        DQError: If none does; lists the classes that are known.
+    """
+    name = type(model).__name__
+    known: list[str] = []
+    for _, family in families.items():
+        if name in family.classes:
+            return family
+        known += family.classes
+    raise DQError(
+        f"no family describes {name}; known: {', '.join(sorted(known))}. "
+        "A family is one file, see CONTRIBUTING.md, 'Add a family'."
+    )
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return all Linear and Conv2d layers by module name, in the order of the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+
+
+def assign_roles(model: nn.Module, table: tuple[tuple[str, Role], ...]) -> dict[str, Role]:
+    """Give each Linear and Conv2d the role of the first pattern that matches its name.
+
+    Raises:
+        DQError: If no pattern matches a layer: a family has to know all of its layers.
+    """
+    roles = {}
+    for name in quantizable(model):
+        role = next((role for pattern, role in table if fnmatch.fnmatchcase(name, pattern)), None)
+        if role is None:
+            raise DQError(
+                f"{type(model).__name__}: the family has no role for layer {name}; add a pattern"
+            )
+        roles[name] = role
+    return roles

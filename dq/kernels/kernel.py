@@ -1,0 +1,126 @@
+"""What a kernel is, and how one is chosen."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dq.registry import Registry
+
+__all__ = ["Arguments", "ConvArguments", "Kernel", "Site", "choose", "kernels"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a layer needs of a kernel.
+
+    Args:
+        kind: "linear" or "conv2d".
+        device: Device type, "cpu" or "cuda".
+        rows: Output features N.
+        columns: Features K that are summed over.
+        weight: "int8" (integer levels, one float scale a row), "e4m3" (likewise), or "other".
+        input: "int8" (codes of at most 8 bits, affine), "e4m3", or "float" (left as it is).
+        groups: Groups of a convolution; 1 for linears.
+    """
+
+    kind: str
+    device: str
+    rows: int
+    columns: int
+    weight: str
+    input: str
+    groups: int = 1
+
+
+class Arguments(NamedTuple):
+    """The stored tensors of a layer whose weight and input are both in a low-bit format.
+
+    Attributes:
+        weight: `(N, bytes)` uint8, packed codes.
+        scale: `(N,)` float32.
+        multiplier: `(N, bytes)` uint8, packed group multipliers minus one, or None.
+        bias: `(N,)` floating point or None.
+        input_scale: `(S,)` float32, one a segment of input channels; None for dynamic inputs.
+        input_zero: `(S,)` uint8 codes of zero; None where zero is `input_offset`.
+        weight_bits: Width of a weight code; levels are signed.
+        multiplier_bits: Width of a multiplier code.
+        columns: K, the number of weight codes in a row.
+        groups: Number of groups in a row; 1 without multipliers.
+        input_bits: Width of an input code.
+        input_offset: Code of the level 0: 2**(bits-1) for signed formats, 0 for unsigned ones.
+        segments: Sizes of the S channel segments; empty if S is 1.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    multiplier: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero: Tensor | None
+    weight_bits: int
+    multiplier_bits: int
+    columns: int
+    groups: int
+    input_bits: int
+    input_offset: int
+    segments: list[int]
+
+
+class ConvArguments(NamedTuple):
+    """Geometry of a convolution, as in `torch.nn.functional.conv2d`."""
+
+    kernel_size: list[int]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run a layer.
+
+    Args:
+        path: What reports print, e.g. "int8 gemm (oneDNN)".
+        priority: The highest that serves is taken.
+        refuses: Says why it cannot serve a site, or None if it can.
+        run: Called as `run(x, arguments)`, for convolutions `run(x, arguments, geometry)`.
+        check: Compares `run` with the reference on one known product; True if they agree.
+    """
+
+    path: str
+    priority: int
+    refuses: Callable[[Site], str | None]
+    run: Callable[..., Tensor]
+    check: Callable[[torch.device], bool]
+
+
+kernels: Registry[Kernel] = Registry("kernel", home="dq.kernels")
+
+
+def choose(site: Site) -> Kernel | None:
+    """Return the best kernel that serves `site`, or None if the layer must unpack."""
+    for _, kernel in sorted(kernels.items(), key=lambda entry: -entry[1].priority):
+        if kernel.refuses(site) is None and _trusted(kernel, site.device):
+            return kernel
+    return None
+
+
+@functools.cache
+def _trusted(kernel: Kernel, device: str) -> bool:
+    """Run the self-test once a process; some builds return wrong products (pytorch 136746)."""
+    try:
+        agrees = kernel.check(torch.device(device))
+        reason = "its product is wrong"
+    except RuntimeError as error:
+        agrees, reason = False, str(error).splitlines()[0]
+    if not agrees:
+        warnings.warn(f"dq: kernel {kernel.path} is not used on {device}: {reason}", stacklevel=3)
+    return agrees

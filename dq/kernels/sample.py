@@ -1,0 +1,49 @@
+"""Small known layers, for self-tests of kernels: odd sizes, groups, zero points, segments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dq.kernels.kernel import Arguments, ConvArguments
+from dq.packing import pack
+
+__all__ = ["conv_sample", "linear_sample"]
+
+
+def _arguments(rows: int, columns: int, segments: list[int], device: torch.device) -> Arguments:
+    generator = torch.Generator().manual_seed(0)
+
+    def codes(shape: tuple[int, ...], bits: int) -> Tensor:
+        return torch.randint(1 << bits, shape, generator=generator).to(torch.uint8)
+
+    parts = max(len(segments), 1)
+    a = Arguments(
+        weight=pack(codes((rows, columns), 4), 4),
+        scale=torch.rand(rows, generator=generator) + 0.5,
+        multiplier=pack(codes((rows, 2), 4), 4),
+        bias=torch.randn(rows, generator=generator),
+        input_scale=torch.rand(parts, generator=generator) * 0.01 + 0.01,
+        input_zero=codes((parts,), 8),
+        weight_bits=4,
+        multiplier_bits=4,
+        columns=columns,
+        groups=2,
+        input_bits=8,
+        input_offset=128,
+        segments=segments,
+    )
+    return Arguments(*(v.to(device) if isinstance(v, Tensor) else v for v in a))
+
+
+def linear_sample(device: torch.device) -> tuple[Tensor, Arguments]:
+    """Return an input `(19, 48)` and the arguments of a 48 to 24 layer with 4-bit groups of 24."""
+    x = torch.randn(19, 48, generator=torch.Generator().manual_seed(1))
+    return x.to(device), _arguments(24, 48, [], device)
+
+
+def conv_sample(device: torch.device) -> tuple[Tensor, Arguments, ConvArguments]:
+    """Return an input `(2, 12, 7, 5)` and a strided 3x3 convolution to 10 channels, two segments."""
+    x = torch.randn(2, 12, 7, 5, generator=torch.Generator().manual_seed(1))
+    geometry = ConvArguments([3, 3], [2, 1], [1, 1], [1, 1], 1)
+    return x.to(device), _arguments(10, 12 * 9, [5, 7], device), geometry

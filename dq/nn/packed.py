@@ -1,0 +1,293 @@
+"""Packed layers: codes and scales as plain tensors, run by the best kernel that the device has.
+
+They are subclasses of the torch layers, so that PEFT, offloading and safetensors take them for what
+they are, and hold no tensor subclasses. Scales never change their dtype, whatever the model is cast to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dq.errors import DQError
+from dq.formats import IntFormat, formats
+from dq.kernels import Arguments, ConvArguments, Kernel, Site, choose
+from dq.kernels.onednn import resident_bytes
+from dq.nn.layers import Layer, constructor, matrix_shape
+from dq.nn.quantizer import Quantizer
+from dq.nn.simulated import QuantLayer, fake_input, segments
+from dq.plan import LayerSpec
+from dq.scales import Scales
+from dq.storage import pack_weight, stored_shapes, unpack_weight
+
+__all__ = ["PackedConv2d", "PackedLayer", "PackedLinear", "packed"]
+
+_WEIGHT = ("weight", "weight_scale", "weight_multiplier", "weight_zero")
+_INPUT = ("input_scale", "input_zero")
+
+
+class PackedLayer(nn.Module):
+    """What both layers share.
+
+    Attributes:
+        spec: How the layer is quantized.
+        weight: `(N, bytes)` uint8, packed codes; see `dq.storage` for its companions
+            `weight_scale`, `weight_multiplier` and `weight_zero`.
+        input_scale: `(S,)` float32, one a segment of the input; None if dynamic or float.
+        input_zero: `(S,)` uint8 codes of zero, or None.
+        compute_dtype: Dtype that the layer expects its input in; models ask for it.
+    """
+
+    spec: LayerSpec
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    input_scale: Tensor | None
+    input_zero: Tensor | None
+    compute_dtype: torch.dtype
+    kind: str
+    axis: int  # of the channels
+
+    def _prepare(self, layer: Layer, spec: LayerSpec, device: torch.device | None) -> None:
+        """Allocate what the spec says, without values."""
+        self.spec = spec
+        self.rows, self.columns = matrix_shape(layer)
+        self.sizes = segments(layer, spec)
+        self.compute_dtype = _compute_dtype(layer)
+        shapes = stored_shapes(spec.weight, self.rows, self.columns)
+        del self.weight
+        shape, dtype = shapes.pop("weight")
+        empty = torch.empty(shape, dtype=dtype, device=device)
+        self.weight = nn.Parameter(empty, requires_grad=False)
+        if spec.input is not None and not spec.input.dynamic:
+            shapes["input_scale"] = ((len(self.sizes),), torch.float32)
+            if not spec.input.symmetric:
+                shapes["input_zero"] = ((len(self.sizes),), torch.uint8)
+        for name in (*_WEIGHT[1:], *_INPUT):
+            value = None
+            if name in shapes:
+                shape, dtype = shapes[name]
+                value = torch.empty(shape, dtype=dtype, device=device)
+            self.register_buffer(name, value)
+        if layer.bias is not None:
+            bias = torch.empty(self.rows, dtype=self.compute_dtype, device=device)
+            self.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+        self._kernels: dict[str, Kernel | None] = {}
+
+    def load_layer(self, layer: Layer) -> None:
+        """Take over weight, bias and scales of a float or simulated layer.
+
+        Raises:
+            DQError: If the input is static and `layer` does not know its range.
+        """
+        simulated = layer if isinstance(layer, QuantLayer) else None
+        if simulated is None:
+            quantizer = Quantizer(self.spec.weight)
+            quantizer.fit(layer.weight.flatten(1))
+        else:
+            quantizer = simulated.weight_quantizer
+            self._load_input(simulated)
+        matrix = layer.weight.detach().flatten(1)
+        for name, value in pack_weight(matrix, quantizer.scales, self.spec.weight).items():
+            setattr(self, name, nn.Parameter(value, requires_grad=False) if name == "weight" else value)
+        self.bias = layer.bias
+        self.train(layer.training)
+        self.path(matrix.device.type)
+
+    def _load_input(self, layer: QuantLayer) -> None:
+        if self.input_scale is None:
+            return
+        assert self.spec.input is not None  # a scale exists only for quantized inputs
+        scales = [quantizer.scales for quantizer in layer.input_quantizers]  # type: ignore[union-attr]
+        self.input_scale = torch.cat([s.scale.flatten() for s in scales])
+        if self.input_zero is not None:
+            zeros = torch.cat([s.zero.flatten() for s in scales])
+            self.input_zero = (zeros - self.spec.input.grid.low).to(torch.uint8)
+
+    def float_weight(self) -> Tensor:
+        """Return the weight that the codes stand for, float32, in the layer's own shape."""
+        state = {name: getattr(self, name) for name in _WEIGHT if getattr(self, name) is not None}
+        return unpack_weight(state, self.spec.weight, self.columns).view(self.float_shape)
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """Shape of the weight before packing."""
+        raise AssertionError("each layer class has its own")
+
+    def site(self, device: str) -> Site:
+        """Return what a kernel has to do for this layer."""
+        weight, low = self.spec.weight, self.spec.input
+        grid = weight.grid
+        weight_kind = "other"
+        if isinstance(grid, IntFormat) and grid.signed and weight.symmetric and self._by_row():
+            weight_kind = "int8"
+        elif weight.format == "e4m3" and self._by_row():
+            weight_kind = "e4m3"
+        input_kind = "float" if low is None else "int8" if low.grid.is_integer else low.format
+        groups = self.groups if isinstance(self, nn.Conv2d) else 1
+        return Site(self.kind, device, self.rows, self.columns, weight_kind, input_kind, groups)
+
+    def _by_row(self) -> bool:
+        return self.spec.weight.granularity.kind == "channel" or (
+            self.spec.weight.scale_format != "float32"
+        )
+
+    def kernel(self, device: str) -> Kernel | None:
+        """Return the kernel for a device type, chosen once; None means unpacking."""
+        if device not in self._kernels:
+            self._kernels[device] = choose(self.site(device)) if self._servable() else None
+        return self._kernels[device]
+
+    def _servable(self) -> bool:
+        return True
+
+    def path(self, device: str | None = None) -> str:
+        """Return in words what the layer really computes on a device (default: where it is)."""
+        kernel = self.kernel(device or self.weight.device.type)
+        if kernel is not None:
+            return kernel.path
+        if self.spec.input is None:
+            return f"unpack to {str(self.compute_dtype).removeprefix('torch.')}, stock kernel"
+        return "simulated"
+
+    def arguments(self) -> Arguments:
+        """Return the stored tensors in the form that kernels take."""
+        weight, low = self.spec.weight, self.spec.input
+        assert low is not None  # kernels serve quantized inputs only
+        two_level = weight.scale_format != "float32"
+        grid = low.grid
+        return Arguments(
+            weight=self.weight,
+            scale=self.weight_scale,
+            multiplier=self.weight_multiplier,
+            bias=self.bias,
+            input_scale=self.input_scale,
+            input_zero=self.input_zero,
+            weight_bits=weight.grid.bits,
+            multiplier_bits=formats[weight.scale_format].bits if two_level else 0,
+            columns=self.columns,
+            groups=self.columns // weight.granularity.size if two_level else 1,
+            input_bits=grid.bits,
+            input_offset=-int(grid.low) if grid.is_integer else 0,
+            segments=list(self.spec.input_splits),
+        )
+
+    def _simulated_input(self, x: Tensor) -> Tensor:
+        low = self.spec.input
+        if low is None:
+            return x
+        quantizers = nn.ModuleList(Quantizer(low) for _ in self.sizes)
+        if self.input_scale is not None:
+            for index, quantizer in enumerate(quantizers):
+                assert isinstance(quantizer, Quantizer)
+                quantizer.scale = self.input_scale[index].view(1, 1)
+                if self.input_zero is not None:
+                    zero = self.input_zero[index].float() + low.grid.low
+                    quantizer.zero = zero.view(1, 1)
+        return fake_input(x, quantizers, self.sizes, self.axis)
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of codes, scales, zero points and bias."""
+        held = (*_WEIGHT, *_INPUT, "bias")
+        tensors = [getattr(self, name) for name in held]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def resident_bytes(self) -> int:
+        """Return `stored_bytes` plus the expanded copies that kernels keep."""
+        return self.stored_bytes() + resident_bytes(self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        kept = {n: getattr(self, n) for n in (*_WEIGHT, *_INPUT) if getattr(self, n) is not None}
+        result = super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if after.dtype == before.dtype:
+                continue
+            if name == "weight":
+                raise DQError(
+                    f"packed codes cannot be cast to {after.dtype}; call dequantize() on the model first"
+                )
+            setattr(self, name, before.to(after.device))
+        probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device)).dtype
+        if probe in (torch.float32, torch.bfloat16, torch.float16):
+            self.compute_dtype = probe
+        return result
+
+    def extra_repr(self) -> str:
+        """Return shape and spec for `repr`."""
+        return f"{super().extra_repr()}, {self.spec}"
+
+
+def _compute_dtype(layer: Layer) -> torch.dtype:
+    for tensor in (layer.bias, layer.weight):
+        if tensor is not None and tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """A packed linear layer."""
+
+    kind = "linear"
+    axis = -1
+
+    def __init__(self, layer: nn.Linear, spec: LayerSpec, device: torch.device | None = None) -> None:
+        nn.Linear.__init__(self, **constructor(layer))
+        self._prepare(layer, spec, device)
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """See `PackedLayer`."""
+        return self.out_features, self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in)` to `(..., out)`."""
+        kernel = self.kernel(x.device.type)
+        if kernel is not None:
+            return kernel.run(x, self.arguments())
+        weight = self.float_weight().to(x.dtype)
+        return nn.functional.linear(self._simulated_input(x), weight, self.bias)
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    """A packed convolution."""
+
+    kind = "conv2d"
+    axis = 1
+
+    def __init__(self, layer: nn.Conv2d, spec: LayerSpec, device: torch.device | None = None) -> None:
+        nn.Conv2d.__init__(self, **constructor(layer))
+        self._prepare(layer, spec, device)
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """See `PackedLayer`."""
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def _servable(self) -> bool:
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
+
+    def _geometry(self) -> ConvArguments:
+        padding = [int(p) for p in self.padding]
+        return ConvArguments(
+            list(self.kernel_size), list(self.stride), padding, list(self.dilation), self.groups
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, in, H, W)` to `(B, out, H', W')`."""
+        kernel = self.kernel(x.device.type)
+        if kernel is not None:
+            return kernel.run(x, self.arguments(), self._geometry())
+        weight = self.float_weight().to(x.dtype)
+        return self._conv_forward(self._simulated_input(x), weight, self.bias)
+
+
+def packed(
+    layer: Layer, spec: LayerSpec, device: torch.device | None = None
+) -> PackedLinear | PackedConv2d:
+    """Return an empty packed layer of the shape of `layer`; fill it with `load_layer`."""
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(layer, spec, device)
+    return PackedConv2d(layer, spec, device)

@@ -1,0 +1,58 @@
+"""The module that fake-quantizes one tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from dq.errors import DQError
+from dq.quantize import choose_scales, fake_quantize
+from dq.scales import Scales, scales_of_range
+from dq.spec import TensorSpec
+
+__all__ = ["Quantizer"]
+
+
+class Quantizer(nn.Module):
+    """Fake-quantizes one matrix `(R, K)`, with straight-through gradients.
+
+    Args:
+        spec: How. Dynamic specs need nothing more; others need `fit` or `set_range` first.
+    """
+
+    scale: Tensor | None
+    zero: Tensor | None
+    multiplier: Tensor | None
+
+    def __init__(self, spec: TensorSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        for name in Scales._fields:
+            self.register_buffer(name, None)
+
+    def fit(self, x: Tensor) -> None:
+        """Choose the scales for a known matrix, e.g. a weight."""
+        self._set(choose_scales(x.detach(), self.spec))
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take over an observed range, two tensors of one element, for one scale."""
+        self._set(scales_of_range(low.view(1, 1), high.view(1, 1), self.spec))
+
+    def _set(self, scales: Scales) -> None:
+        for name, value in scales._asdict().items():
+            setattr(self, name, value)
+
+    @property
+    def scales(self) -> Scales:
+        """The scales.
+
+        Raises:
+            DQError: If there are none yet.
+        """
+        if self.scale is None:
+            raise DQError("it has no scales yet: static inputs need a calibration first")
+        return Scales(self.scale, self.zero, self.multiplier)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the quantized and dequantized `(R, K)` matrix, float32."""
+        scales = choose_scales(x.detach(), self.spec) if self.spec.dynamic else self.scales
+        return fake_quantize(x, scales, self.spec)

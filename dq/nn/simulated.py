@@ -1,0 +1,104 @@
+"""Layers with simulated quantization: a float weight and two quantizers, differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dq.errors import DQError
+from dq.nn.layers import Layer, constructor, input_channels
+from dq.nn.quantizer import Quantizer
+from dq.plan import LayerSpec
+
+__all__ = ["QuantConv2d", "QuantLayer", "QuantLinear", "fake_input", "segments", "simulate"]
+
+
+def segments(layer: Layer, spec: LayerSpec) -> tuple[int, ...]:
+    """Return the sizes of the channel segments of a layer's input that have a scale each.
+
+    Raises:
+        DQError: If the spec's splits do not sum to the channels of the layer.
+    """
+    channels = input_channels(layer)
+    if spec.input_splits and sum(spec.input_splits) != channels:
+        raise DQError(f"input splits {spec.input_splits} do not sum to its {channels} channels")
+    return spec.input_splits or (channels,)
+
+
+def fake_input(x: Tensor, quantizers: nn.ModuleList, sizes: tuple[int, ...], axis: int) -> Tensor:
+    """Fake-quantize an input along its channel axis, one quantizer a segment; keeps its dtype."""
+    done = []
+    for quantizer, part in zip(quantizers, x.split(sizes, dim=axis), strict=True):
+        matrix = part.reshape(-1, part.shape[-1]) if axis == -1 else part.flatten(1)
+        done.append(quantizer(matrix).view(part.shape).to(x.dtype))
+    return torch.cat(done, dim=axis) if len(done) > 1 else done[0]
+
+
+class QuantLayer:
+    """What both layers share. Mixed in before the torch class.
+
+    Attributes:
+        spec: How the layer is quantized.
+        weight_quantizer: Fake-quantizes the weight, seen as `(N, K)`.
+        input_quantizers: One a segment of the input; empty if the input stays float.
+    """
+
+    spec: LayerSpec
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: Quantizer
+    input_quantizers: nn.ModuleList
+    axis: int  # of the channels
+
+    def _take(self, layer: Layer, spec: LayerSpec) -> None:
+        """Share the parameters of `layer` and choose the scales of its weight."""
+        self.spec = spec
+        self.weight = layer.weight
+        self.bias = layer.bias
+        self.weight_quantizer = Quantizer(spec.weight)
+        self.weight_quantizer.fit(layer.weight.flatten(1))
+        self.sizes = segments(layer, spec)
+        quantizers = [] if spec.input is None else [Quantizer(spec.input) for _ in self.sizes]
+        self.input_quantizers = nn.ModuleList(quantizers)
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return fake-quantized input and weight, in the dtype of the input."""
+        if len(self.input_quantizers):
+            x = fake_input(x, self.input_quantizers, self.sizes, self.axis)
+        weight = self.weight_quantizer(self.weight.flatten(1)).view(self.weight.shape)
+        return x, weight.to(x.dtype)
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    """A linear layer with simulated quantization."""
+
+    axis = -1
+
+    def __init__(self, layer: nn.Linear, spec: LayerSpec) -> None:
+        nn.Linear.__init__(self, **constructor(layer))
+        self._take(layer, spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in)` to `(..., out)`."""
+        x, weight = self._operands(x)
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    """A convolution with simulated quantization."""
+
+    axis = 1
+
+    def __init__(self, layer: nn.Conv2d, spec: LayerSpec) -> None:
+        nn.Conv2d.__init__(self, **constructor(layer))
+        self._take(layer, spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, in, H, W)` to `(B, out, H', W')`."""
+        x, weight = self._operands(x)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def simulate(layer: Layer, spec: LayerSpec) -> QuantLinear | QuantConv2d:
+    """Return the simulated form of a layer; it shares the layer's parameters."""
+    return QuantLinear(layer, spec) if isinstance(layer, nn.Linear) else QuantConv2d(layer, spec)

@@ -1,0 +1,103 @@
+"""Exchange the layers of a model: float to simulated, simulated to packed, packed to float."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dq.errors import DQError, inside, unknown
+from dq.family import quantizable
+from dq.nn.layers import Layer, constructor, describe
+from dq.nn.packed import PackedConv2d, PackedLinear, packed
+from dq.nn.simulated import QuantLayer, simulate
+from dq.plan import LayerSpec, Plan
+from dq.progress import track
+
+__all__ = ["empty_packed", "install", "pack_model", "packed_layers", "replace", "uninstall", "unpack_model"]
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` in the place of the module called `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
+
+
+def _planned(model: nn.Module, plan: Plan) -> list[tuple[str, Layer, LayerSpec]]:
+    """Return each layer of the plan; a plan for another model is an error before anything changes."""
+    if type(model).__name__ != plan.model:
+        raise DQError(
+            f"the plan was made for {plan.model}, not for {type(model).__name__}; "
+            "quantize this model with a recipe instead"
+        )
+    layers = quantizable(model)
+    for name in plan.layers:
+        if name not in layers:
+            raise unknown(f"layer of this {plan.model}, named by the plan:", name, layers)
+    return [(name, layers[name], spec) for name, spec in plan.layers.items()]
+
+
+def install(model: nn.Module, plan: Plan) -> None:
+    """Replace every float layer that the plan names by its simulated form, in place."""
+    done = []
+    for name, layer, spec in track(_planned(model, plan), "choosing scales"):
+        if isinstance(layer, QuantLayer) and layer.spec == spec:
+            continue  # an earlier step of the recipe has installed, perhaps tuned it
+        with inside(describe(name, layer)):
+            done.append((name, simulate(layer, spec)))
+    for name, layer in done:
+        replace(model, name, layer)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Replace every simulated layer by the float one that it was made from."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLayer):
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))  # QuantLayer is mixed into these only
+            replace(model, name, _plain(layer, layer.weight))
+
+
+def _plain(layer: Layer, weight: nn.Parameter) -> Layer:
+    build: Callable[..., Layer] = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    made = build(**constructor(layer))
+    made.weight = weight
+    made.bias = layer.bias
+    return made.train(layer.training)
+
+
+def pack_model(model: nn.Module) -> None:
+    """Replace every simulated layer by its packed form, in place."""
+    done = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer):
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))  # QuantLayer is mixed into these only
+            with inside(describe(name, layer)):
+                made = packed(layer, layer.spec)
+                made.load_layer(layer)
+            done.append((name, made))
+    for name, made in done:
+        replace(model, name, made)
+
+
+def empty_packed(model: nn.Module, plan: Plan) -> None:
+    """Replace every layer that the plan names by a packed one without values, on the meta device."""
+    for name, layer, spec in _planned(model, plan):
+        with inside(describe(name, layer)):
+            replace(model, name, packed(layer, spec, torch.device("meta")))
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
+    """Return the packed layers by module name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (PackedLinear, PackedConv2d))
+    }
+
+
+def unpack_model(model: nn.Module) -> None:
+    """Replace every packed layer by a float one with the weight that its codes stand for."""
+    for name, layer in packed_layers(model).items():
+        weight = layer.float_weight().to(layer.compute_dtype)
+        replace(model, name, _plain(layer, nn.Parameter(weight, requires_grad=False)))

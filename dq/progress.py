@@ -1,0 +1,27 @@
+"""The one progress display."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+__all__ = ["track"]
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+    """Iterate over `items` with a progress bar on standard error.
+
+    The bar, with rate and time left, appears once the loop has taken a second, and only on a
+    terminal.
+
+    Args:
+        items: What to iterate over.
+        title: Words in front of the bar, e.g. `"calibrating"`.
+        total: Number of items where `len(items)` does not tell.
+    """
+    bar = tqdm(items, desc=title, total=total, delay=1.0, disable=None, dynamic_ncols=True)
+    yield from bar

@@ -1,0 +1,139 @@
+"""The one rounding core: choose scales, quantize, dequantize, fake-quantize.
+
+Everything here sees matrices `(R, K)` (see `dq.spec.Granularity`) and scales `(r, g)` that
+broadcast over its blocks. Arithmetic is float32, whatever the dtype of the input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq.errors import DQError
+from dq.formats import formats
+from dq.observers import observers
+from dq.scales import Scales, scales_of_range
+from dq.spec import TensorSpec
+
+__all__ = ["choose_scales", "dequantize", "fake_quantize", "quantize"]
+
+
+def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
+    """Choose the scales of one known matrix (a weight, or a dynamic input) by the spec's observer.
+
+    Args:
+        x: `(R, K)` floating point.
+        spec: How it is to be quantized.
+
+    Returns:
+        Scales `(r, g)`, or `(r, 1)` with multipliers `(r, g)`; on the meta device without values.
+
+    Raises:
+        DQError: If `x` has a value that is not finite.
+    """
+    parts = _blocks(x.float(), spec)
+    shape = parts.shape[:2]
+    if x.is_meta:
+        return _valueless(shape, spec)
+    observer = observers[spec.observer](spec)
+    observer.update(parts.flatten(0, 1))
+    low, high = observer.range()
+    if not bool(torch.isfinite(low + high).all()):
+        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
+    scales = scales_of_range(low.reshape(shape), high.reshape(shape), spec)
+    return scales if spec.scale_format == "float32" else _two_level(parts, scales.scale, spec)
+
+
+def _blocks(x: Tensor, spec: TensorSpec) -> Tensor:
+    """View the matrix `(R, K)` as `(r, g, elements that share a scale)`."""
+    r, g = spec.granularity.blocks(*x.shape)
+    return x.reshape(r, g, -1)
+
+
+def _valueless(shape: tuple[int, ...], spec: TensorSpec) -> Scales:
+    full = torch.empty(shape, device="meta")
+    if spec.scale_format != "float32":
+        return Scales(full[:, :1], None, full)
+    return Scales(full, None if spec.symmetric else full)
+
+
+def _two_level(parts: Tensor, scale: Tensor, spec: TensorSpec) -> Scales:
+    """Replace group scales `(r, g)` by the best products of a row scale and an integer.
+
+    Every multiplier is tried for every group, for a few row scales; least squares decides.
+    """
+    top = int(formats[spec.scale_format].high) + 1
+    widest = scale.amax(1, keepdim=True) / top
+    best_row, best_multiplier = widest, torch.ones_like(scale)
+    best_error = torch.full_like(widest, torch.inf)
+    for shrink in (1.0, 0.925, 0.85):
+        row = widest * shrink
+        error, multiplier = torch.full_like(scale, torch.inf), torch.ones_like(scale)
+        for candidate in range(1, top + 1):
+            step = (row * candidate).unsqueeze(-1)
+            trial = (spec.grid.round(parts / step) * step - parts).square().sum(-1)
+            multiplier = torch.where(trial < error, float(candidate), multiplier)
+            error = torch.minimum(trial, error)
+        total = error.sum(1, keepdim=True)
+        best_multiplier = torch.where(total < best_error, multiplier, best_multiplier)
+        best_row = torch.where(total < best_error, row, best_row)
+        best_error = torch.minimum(total, best_error)
+    return Scales(best_row, None, best_multiplier)
+
+
+def quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
+    """Return the uint8 codes `(R, K)` of a floating point matrix."""
+    levels = _blocks(x.float(), spec) / scales.step.unsqueeze(-1)
+    if scales.zero is not None:
+        levels = levels + scales.zero.unsqueeze(-1)
+    return spec.grid.encode(levels).view(x.shape)
+
+
+def dequantize(codes: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
+    """Return the float32 matrix `(R, K)` that uint8 `codes` stand for."""
+    levels = _blocks(spec.grid.decode(codes), spec)
+    if scales.zero is not None:
+        levels = levels - scales.zero.unsqueeze(-1)
+    return (levels * scales.step.unsqueeze(-1)).view(codes.shape)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of `rounded` with the gradient of `x` (Bengio et al. 2013, arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
+    """Quantize and dequantize a matrix, with straight-through gradients.
+
+    The gradient to `x` is 1 where the value falls on the grid and 0 where it saturates; scales get
+    theirs from the same expression (LSQ, Esser et al. 2020, arXiv 1902.08153, equation 3).
+
+    Args:
+        x: `(R, K)` floating point.
+        scales: `(r, g)`.
+        spec: The spec that the scales were made for.
+
+    Returns:
+        `(R, K)` float32, equal to `dequantize(quantize(x))`.
+    """
+    step = scales.step.unsqueeze(-1)
+    levels = _blocks(x.float(), spec) / step
+    if scales.zero is not None:
+        levels = levels + scales.zero.unsqueeze(-1)
+    inside = levels.clamp(spec.grid.low, spec.grid.high)
+    with torch.no_grad():
+        rounded = spec.grid.round(inside)
+    if inside.requires_grad:
+        rounded = _StraightThrough.apply(inside, rounded)
+    if scales.zero is not None:
+        rounded = rounded - scales.zero.unsqueeze(-1)
+    return (rounded * step).view(x.shape)

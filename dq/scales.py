@@ -1,0 +1,60 @@
+"""Scales: the numbers that place a grid of levels on a tensor."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dq.formats import IntFormat
+from dq.spec import TensorSpec
+
+__all__ = ["Scales", "scales_of_range"]
+
+
+class Scales(NamedTuple):
+    """Scales of an `(R, K)` matrix: x ~ step * (level - zero).
+
+    Attributes:
+        scale: `(r, g)` float32, positive; `(r, 1)` when there are multipliers.
+        zero: `(r, g)` float32 whole levels, or None for symmetric specs.
+        multiplier: `(r, g)` float32 whole numbers from 1 up, or None unless the scales have two levels.
+    """
+
+    scale: Tensor
+    zero: Tensor | None = None
+    multiplier: Tensor | None = None
+
+    @property
+    def step(self) -> Tensor:
+        """Distance between neighbouring integers, `(r, g)` float32."""
+        return self.scale if self.multiplier is None else self.scale * self.multiplier
+
+
+def scales_of_range(low: Tensor, high: Tensor, spec: TensorSpec) -> Scales:
+    """Return the scales that map `[low, high]` onto the grid.
+
+    Args:
+        low: Smallest values, any shape, float32.
+        high: Largest values, same shape.
+        spec: Symmetric specs use the larger magnitude; asymmetric ones always contain zero, so that
+            padding is exact.
+
+    Returns:
+        Scales of the same shape, without multipliers; all-zero ranges get scale 1.
+    """
+    grid = spec.grid
+    if spec.symmetric:
+        # An unsigned grid has no negative levels: what is below zero saturates there.
+        reach = torch.maximum(-low, high) if grid.low < 0 else high
+        return Scales(_usable(reach / grid.high))
+    assert isinstance(grid, IntFormat)  # checked by the spec
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = _usable((high - low) / (grid.high - grid.low))
+    return Scales(scale, torch.round(grid.low - low / scale).clamp_(grid.low, grid.high))
+
+
+def _usable(scale: Tensor) -> Tensor:
+    # Dividing by a subnormal overflows; such a block is all zero for every purpose.
+    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))

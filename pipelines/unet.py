@@ -1,0 +1,100 @@
+"""UNets of Stable Diffusion 1.x, 2.x and XL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from dq.family import Family, Role, assign_roles, families
+
+__all__ = ["UNET"]
+
+_ROLES = (
+    ("conv_in", Role.IO),
+    ("conv_out", Role.IO),
+    ("time_embedding.*", Role.TIME),
+    ("add_embedding.*", Role.TIME),
+    ("class_embedding*", Role.TIME),
+    ("*.time_emb_proj", Role.TIME),
+    ("encoder_hid_proj*", Role.CAPTION),
+    ("up_blocks.*.resnets.*.conv_shortcut", Role.SKIP),
+    ("*.attn1.*", Role.SELF_ATTENTION),
+    ("*.attn2.to_[kv]", Role.CROSS_KV),
+    ("*.attn2.*", Role.CROSS_ATTENTION),
+    ("*.ff.*", Role.FEED_FORWARD),
+    ("*.attentions.*.proj_in", Role.PROJECTION),
+    ("*.attentions.*.proj_out", Role.PROJECTION),
+    ("*.attentions.*.to_*", Role.SELF_ATTENTION),
+    ("*.resnets.*", Role.CONVOLUTION),
+    ("*.downsamplers.*", Role.CONVOLUTION),
+    ("*.upsamplers.*", Role.CONVOLUTION),
+)
+
+
+def _roles(model: nn.Module) -> dict[str, Role]:
+    return assign_roles(model, _ROLES)
+
+
+def _blocks(model: nn.Module) -> tuple[str, ...]:
+    """Return down blocks, mid block and up blocks."""
+    names = [f"down_blocks.{i}" for i in range(len(list(model.get_submodule("down_blocks"))))]
+    names += ["mid_block"] if getattr(model, "mid_block", None) is not None else []
+    names += [f"up_blocks.{i}" for i in range(len(list(model.get_submodule("up_blocks"))))]
+    return tuple(names)
+
+
+def _splits(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return (hidden, skip) of each shortcut in the up blocks; only they see the raw concatenation."""
+    if model.mid_block is not None:
+        hidden = model.mid_block.resnets[-1].out_channels
+    else:
+        hidden = model.config.block_out_channels[-1]
+    splits = {}
+    for i, block in enumerate(model.up_blocks):
+        for j, resnet in enumerate(block.resnets):
+            name = f"up_blocks.{i}.resnets.{j}.conv_shortcut"
+            if resnet.conv_shortcut is not None:
+                splits[name] = (hidden, resnet.in_channels - hidden)
+            hidden = resnet.out_channels
+    return splits
+
+
+def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
+    config, like = model.config, next(model.parameters())
+    size = config.sample_size if isinstance(config.sample_size, int) else 64
+
+    def normal(*shape: int) -> torch.Tensor:
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        return torch.randn(shape, generator=generator).to(like.device, dtype)
+
+    cross = config.cross_attention_dim
+    width = cross if isinstance(cross, int) else cross[0]
+    inputs: dict[str, Any] = {
+        "sample": normal(batch, config.in_channels, size, size),
+        "timestep": torch.tensor(500, device=like.device),
+        "encoder_hidden_states": normal(batch, 77, width),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        sizes = torch.tensor([[size * 8.0, size * 8.0, 0.0, 0.0, size * 8.0, size * 8.0]])
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": normal(batch, pooled),
+            "time_ids": sizes.repeat(batch, 1).to(like.device),
+        }
+    return inputs
+
+
+UNET: Family = families.add(
+    "unet",
+    Family(
+        name="unet",
+        denoiser="unet",
+        classes=("UNet2DConditionModel",),
+        roles=_roles,
+        blocks=_blocks,
+        splits=_splits,
+        sample_inputs=_sample_inputs,
+    ),
+)
