@@ -67,17 +67,17 @@ methods: Registry[type[Method]] = Registry("method", home="dq.methods")
 
 
 def decide(model: nn.Module, recipe: Recipe) -> Plan:
-    """Return the plan of a data-free recipe; the model may lie on the meta device.
+    """Return the plan of a recipe without running the model, which may lie on the meta device.
+
+    If the plan is static, its ranges are still to be found; see `quantize`.
 
     Raises:
-        DQError: If the recipe needs calibration data.
+        DQError: If a step of the recipe needs data to decide.
     """
     job = _job(model, recipe, None, None)
     for method in recipe.steps:
         method.observe(job)
         job.plan = method.decide(job)
-    if job.plan.is_static():
-        next(job.calibration.batches())  # raises: there is no source
     return job.plan
 
 

@@ -62,7 +62,7 @@ class _Sampled(AbsMax):
     The stride depends on the shape alone: equal data gives equal ranges, bit for bit.
     """
 
-    per_update = 16384  # elements kept of each tensor; 100 calls then sort or search 1.6 M values
+    per_update = 4096  # elements kept of each tensor; 100 calls then sort or search 0.4 M values
 
     def __init__(self, spec: TensorSpec) -> None:
         super().__init__(spec)

@@ -23,10 +23,12 @@ from dq.plan import LayerSpec
 from dq.scales import Scales
 from dq.storage import pack_weight, stored_shapes, unpack_weight
 
-__all__ = ["PackedConv2d", "PackedLayer", "PackedLinear", "packed"]
+__all__ = ["COMPANIONS", "TENSORS", "PackedConv2d", "PackedLayer", "PackedLinear", "packed"]
 
 _WEIGHT = ("weight", "weight_scale", "weight_multiplier", "weight_zero")
 _INPUT = ("input_scale", "input_zero")
+COMPANIONS = (*_WEIGHT[1:], *_INPUT)  # what a plain layer does not have
+TENSORS = ("weight", *COMPANIONS)
 
 
 class PackedLayer(nn.Module):
@@ -65,7 +67,7 @@ class PackedLayer(nn.Module):
             shapes["input_scale"] = ((len(self.sizes),), torch.float32)
             if not spec.input.symmetric:
                 shapes["input_zero"] = ((len(self.sizes),), torch.uint8)
-        for name in (*_WEIGHT[1:], *_INPUT):
+        for name in COMPANIONS:
             value = None
             if name in shapes:
                 shape, dtype = shapes[name]
@@ -190,8 +192,7 @@ class PackedLayer(nn.Module):
 
     def stored_bytes(self) -> int:
         """Return the bytes of codes, scales, zero points and bias."""
-        held = (*_WEIGHT, *_INPUT, "bias")
-        tensors = [getattr(self, name) for name in held]
+        tensors = [getattr(self, name) for name in (*TENSORS, "bias")]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def resident_bytes(self) -> int:
@@ -199,7 +200,7 @@ class PackedLayer(nn.Module):
         return self.stored_bytes() + resident_bytes(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {n: getattr(self, n) for n in (*_WEIGHT, *_INPUT) if getattr(self, n) is not None}
+        kept = {n: getattr(self, n) for n in TENSORS if getattr(self, n) is not None}
         result = super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)

@@ -1,0 +1,312 @@
+"""How dq plugs into diffusers: a quantizer and its config, in the loader's own two mappings.
+
+diffusers has no call to register a quantizer; `register` writes into the two dictionaries that decide.
+The order in which its loader calls the members below is fixed (diffusers 0.42):
+`__init__`, `update_torch_dtype`, `maybe_update_loaded_keys`, `_process_model_before_weight_loading`,
+then for each file `maybe_update_state_dict` and for each tensor `check_if_quantized_param` and
+`create_quantized_param`, at the end `_process_model_after_weight_loading`. `from_single_file` calls
+`maybe_update_state_dict` first of all, and always claims that the file is quantized already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+from dq import checksum
+from dq.engine import decide
+from dq.errors import DQError, inside, unknown
+from dq.nn import describe, empty_packed, packed_layers, unpack_model
+from dq.nn.packed import COMPANIONS, packed
+from dq.nn.swap import replace
+from dq.plan import Plan
+from dq.recipe import Recipe
+
+__all__ = ["DQConfig", "DQQuantizer", "attach", "detach"]
+
+_FLOAT_SCALES = ("weight_scale", "input_scale")
+
+
+class _Method(str, Enum):  # noqa: UP042 - the loader compares with plain strings and asks for .value
+    DQ = "dq"
+
+
+class DQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What stands in a denoiser's `config.json` under `quantization_config`.
+
+    Args:
+        recipe: For float checkpoints: a data-free recipe, by name, file, dictionary or object.
+        plan: For quantized ones: the plan, as an object or as JSON values.
+        digest: Checksum of all packed tensors, 8 hex digits; None leaves it unchecked.
+        version: Of the plan format, written beside the plan.
+
+    Raises:
+        DQError: If neither or both of recipe and plan are given, or one of them is not valid.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+        plan: Plan | Mapping[str, Any] | None = None,
+        digest: str | None = None,
+        version: int | None = None,
+    ) -> None:
+        if (recipe is None) == (plan is None):
+            raise DQError("DQConfig takes a recipe or a plan, and one of them only")
+        self.quant_method = _Method.DQ
+        self.recipe = None if recipe is None else Recipe.get(recipe)
+        if isinstance(plan, Mapping):
+            with inside("quantization_config"):
+                plan = Plan.from_dict({**plan, **({} if version is None else {"version": version})})
+        self.plan = plan
+        self.digest = digest
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Invert `to_dict`."""
+        values = {k: v for k, v in config_dict.items() if k != "quant_method"}
+        for key in values:
+            if key not in ("recipe", "plan", "digest", "version"):
+                raise unknown("key of quantization_config", key, ("plan", "recipe", "digest", "version"))
+        config = cls(**values)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        values: dict[str, Any] = {"quant_method": "dq"}
+        if self.recipe is not None:
+            return {**values, "recipe": self.recipe.to_dict()}
+        assert self.plan is not None  # one of both is there
+        plan = self.plan.to_dict()
+        values |= {"version": plan.pop("version"), "plan": plan}
+        return values if self.digest is None else {**values, "digest": self.digest}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the same as `to_dict`."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Return `to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def __repr__(self) -> str:
+        if self.recipe is not None:
+            return f"DQConfig(recipe={self.recipe.name!r})"
+        assert self.plan is not None  # one of both is there
+        return f"DQConfig(plan of {len(self.plan.layers)} layers of {self.plan.model})"
+
+
+class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Builds packed layers while diffusers loads a denoiser: no float copy of the weights exists."""
+
+    use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: DQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.plan = quantization_config.plan
+        self.compute_dtype = torch.float32
+        self._expected: dict[str, int] = {}  # checksums that the file's header promises
+        self._found: dict[str, int] = {}
+        self._stash: dict[str, Tensor] = {}
+        self._prepared = False
+
+    @property
+    def is_serializable(self) -> bool:
+        """Always: packed tensors are plain tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on top of packed layers."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Kernels are opaque custom ops, the rest is plain torch."""
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what the loader would do wrongly in silence."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise DQError(
+                "device_map places layers on disk, which the loader writes before it quantizes; "
+                "map to cpu, or use group offloading after loading"
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        """Never return None: the loader would cast weights to the placeholders' dtype."""
+        self.compute_dtype = torch_dtype or torch.float32
+        return self.compute_dtype
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Read the checksums in the headers of the files that are about to be loaded."""
+        self._expected = checksum.read(checkpoint_files, loaded_keys)
+        return loaded_keys
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Check each tensor, and hide float32 scales from the loader's casts by viewing them as int32."""
+        if not self._prepared:
+            return self._single_file(state_dict)
+        if not self.pre_quantized:
+            return state_dict
+        return {name: self._incoming(name, value) for name, value in state_dict.items()}
+
+    def _single_file(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Take out what a plain model has not: with unknown keys the loader converts from LDM."""
+        self.pre_quantized = any(name.endswith(".weight_scale") for name in state_dict)
+        if not self.pre_quantized:
+            return state_dict
+        self._stash = {n: self._incoming(n, v) for n, v in state_dict.items() if _leaf(n) in COMPANIONS}
+        return {n: self._incoming(n, v) for n, v in state_dict.items() if n not in self._stash}
+
+    def _incoming(self, name: str, value: Tensor) -> Tensor:
+        self._found[name] = found = checksum.of(value)
+        if self._expected.get(name, found) != found:
+            raise DQError(
+                f"tensor {name} is damaged: its checksum is {found:08x}, the file was written with "
+                f"{self._expected[name]:08x}; copy or download the checkpoint again"
+            )
+        is_scale = _leaf(name) in _FLOAT_SCALES and value.dtype == torch.float32
+        return value.view(torch.int32) if is_scale else value
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self._prepared = True
+        if self.plan is None:
+            self.plan = decide(model, self.quantization_config.recipe)
+        if self.pre_quantized:
+            empty_packed(model, self.plan)
+            kwargs.get("state_dict", {}).update(self._stash)
+        elif self.plan.is_static():
+            raise DQError(
+                "this recipe has static inputs, whose ranges only calibration finds; use "
+                "DQPipeline.from_pretrained(model, recipe=...), or dynamic inputs ('w8a8-dynamic')"
+            )
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
+    ) -> bool:
+        """Claim the tensors of planned layers, except biases."""
+        layer, _, leaf = param_name.rpartition(".")
+        assert self.plan is not None  # decided before loading
+        if layer not in self.plan.layers:
+            return False
+        return leaf == "weight" or (self.pre_quantized and leaf in COMPANIONS)
+
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: Tensor, loaded_param: Tensor
+    ) -> bool:
+        """Refuse codes of another size than the plan says."""
+        if current_param.shape != loaded_param.shape:
+            raise DQError(
+                f"{param_name}: the plan needs shape {tuple(current_param.shape)}, the file has "
+                f"{tuple(loaded_param.shape)}; config.json and weights are of different checkpoints"
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str | int | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Put one tensor into its packed layer, or pack one float weight."""
+        layer, _, leaf = param_name.rpartition(".")
+        value = param_value.to(target_device) if target_device is not None else param_value
+        if self.pre_quantized:
+            self._place(model.get_submodule(layer), leaf, value, param_name)
+        else:
+            self._pack(model, layer, value)
+
+    def _place(self, layer: nn.Module, leaf: str, value: Tensor, name: str) -> None:
+        current = getattr(layer, leaf)
+        if leaf in _FLOAT_SCALES and value.dtype == torch.int32:
+            value = value.view(torch.float32)
+        if value.dtype != current.dtype:
+            raise DQError(
+                f"{name}: the plan needs {current.dtype}, the file has {value.dtype}; "
+                "config.json and weights are of different checkpoints"
+            )
+        setattr(layer, leaf, nn.Parameter(value, False) if leaf == "weight" else value)
+
+    def _pack(self, model: nn.Module, name: str, value: Tensor) -> None:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, (nn.Linear, nn.Conv2d))  # plans name no other layers
+        assert self.plan is not None  # decided before loading
+        layer.weight = nn.Parameter(value, requires_grad=False)
+        with inside(describe(name, layer)):
+            made = packed(layer, self.plan.layers[name])
+            made.load_layer(layer)
+        replace(model, name, made)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        lost = [n for n, tensor in model.state_dict().items() if tensor.is_meta]
+        if lost:
+            raise DQError(
+                f"the checkpoint lacks {len(lost)} tensors, the first is {lost[0]}; "
+                "it is incomplete or belongs to another model: copy or download it again"
+            )
+        digest = self.quantization_config.digest
+        assert self.plan is not None  # decided before loading
+        if self.pre_quantized and digest is not None:
+            found = checksum.digest(self._found, self.plan)
+            if found != digest:
+                raise DQError(
+                    f"the weights have checksum {found}, config.json was written for {digest}: "
+                    "they are of different checkpoints; copy or download both again"
+                )
+        for layer in packed_layers(model).values():
+            layer.compute_dtype = self.compute_dtype
+        self._stash, self._found = {}, {}
+        _record(model, self, DQConfig(plan=self.plan, digest=digest or checksum.of_model(model, self.plan)))
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Add the checksum of every tensor to the header of the file."""
+        return state_dict, checksum.metadata(state_dict)
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        unpack_model(model)
+        detach(model)
+        return model
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _record(model: nn.Module, quantizer: DQQuantizer, config: DQConfig) -> None:
+    quantizer.quantization_config = config
+    model.register_to_config(quantization_config=config)  # type: ignore[operator]
+
+
+def attach(model: nn.Module, plan: Plan) -> None:
+    """Tell diffusers that a live model was quantized, so that `save_pretrained` writes it as such."""
+    config = DQConfig(plan=plan, digest=checksum.of_model(model, plan))
+    quantizer = DQQuantizer(config, pre_quantized=True)
+    quantizer._prepared = True
+    _record(model, quantizer, config)
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+
+
+def detach(model: nn.Module) -> None:
+    """Remove every trace of quantization from a model's config; the loader's own code forgets it."""
+    kept = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr,operator]
+    model._internal_dict = FrozenDict(kept)  # type: ignore[assignment]

@@ -1,0 +1,121 @@
+"""Draw images with any pipeline: by prompt or by class, in batches, one seed an image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dq.calibrate import CalibrationSpec
+from dq.errors import DQError, unknown
+from dq.pipelines.prompts import PROMPTS
+from dq.progress import track
+
+__all__ = ["PipelineSource", "default_prompts", "draw"]
+
+
+def default_prompts(pipe: Any) -> tuple[str, ...]:
+    """Return the prompts that suit a pipeline: its class names, its own list, or the built-in one."""
+    if _takes(pipe, "class_labels"):
+        names = list(_classes(pipe))
+        return tuple(names[:: max(1, len(names) // 64)][:64])
+    return tuple(getattr(pipe, "dq_prompts", ())) or PROMPTS
+
+
+def _takes(pipe: Any, argument: str) -> bool:
+    return argument in inspect.signature(pipe.__call__).parameters
+
+
+def _classes(pipe: Any) -> dict[str, int]:
+    """Return the numbers of the classes by name; checkpoints without names have only numbers."""
+    if getattr(pipe, "labels", None):
+        return dict(sorted(pipe.labels.items(), key=lambda entry: int(entry[1])))
+    count = pipe.transformer.config.num_embeds_ada_norm
+    return {str(number): number for number in range(count)}
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float | None = None,
+    batch: int = 8,
+    output_type: str = "pil",
+) -> list[Any]:
+    """Draw one image a prompt.
+
+    Args:
+        pipe: A diffusers pipeline that takes prompts or class labels.
+        prompts: Texts or class names.
+        seeds: One a prompt: an image does not depend on its neighbours in the batch.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance scale; None for the pipeline's own default.
+        batch: Images drawn at a time.
+        output_type: "pil", "np" (float, 0 to 1, NHWC), "pt" or "latent", as in diffusers.
+
+    Returns:
+        One entry a prompt.
+
+    Raises:
+        DQError: If the pipeline takes neither prompts nor classes.
+    """
+    images: list[Any] = []
+    starts = range(0, len(prompts), batch)
+    with _quiet(pipe):
+        for start in track(starts, "drawing"):
+            part = list(prompts[start : start + batch])
+            generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + batch]]
+            arguments: dict[str, Any] = {"num_inference_steps": steps, "generator": generators}
+            if guidance is not None:
+                arguments["guidance_scale"] = guidance
+            images.extend(pipe(**_condition(pipe, part, output_type), **arguments).images)
+    return images
+
+
+def _condition(pipe: Any, prompts: list[str], output_type: str) -> dict[str, Any]:
+    if _takes(pipe, "prompt"):
+        return {"prompt": prompts, "output_type": output_type}
+    if not _takes(pipe, "class_labels"):
+        raise DQError(f"{type(pipe).__name__} takes neither prompts nor class labels")
+    classes = _classes(pipe)
+    for name in prompts:
+        if name not in classes:
+            raise unknown("class of this model", name, classes)
+    kind = "np" if output_type == "latent" else output_type  # DiTPipeline always decodes
+    return {"class_labels": [classes[name] for name in prompts], "output_type": kind}
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Silence the pipeline's own progress bar: one bar over all batches says more."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe._progress_bar_config = before
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """Makes the denoiser of a pipeline run, for calibration; see `dq.calibrate.Source`."""
+
+    pipe: Any
+
+    def batches(self, spec: CalibrationSpec) -> int:
+        """Return how many batches there are."""
+        return -(-spec.n // spec.batch)
+
+    @torch.no_grad()
+    def run(self, spec: CalibrationSpec, batch: int) -> None:
+        """Draw the images of one batch."""
+        prompts = spec.prompts or default_prompts(self.pipe)
+        indices = range(batch * spec.batch, min((batch + 1) * spec.batch, spec.n))
+        chosen = [prompts[i % len(prompts)] for i in indices]
+        seeds = [spec.seed + i for i in indices]
+        draw(self.pipe, chosen, seeds, spec.steps, batch=spec.batch, output_type="latent")

@@ -1,0 +1,120 @@
+"""What a quantized denoiser weighs and what it computes: counted, never estimated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dq.nn import matrix_shape, packed_layers
+from dq.nn.packed import TENSORS
+
+__all__ = ["Footprint", "LayerReport", "footprint", "planned_bytes"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One packed layer.
+
+    Attributes:
+        name: Module name.
+        weight: Spec of the weight, in words.
+        input: Spec of the input, in words; "float" if it is not quantized.
+        compute_path: What really runs on the device where the layer lies.
+        weights: Number of weights.
+        bytes: Stored codes, scales and zero points, and the input's scales.
+    """
+
+    name: str
+    weight: str
+    input: str
+    compute_path: str
+    weights: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A denoiser in numbers.
+
+    Attributes:
+        model: Class name.
+        parameters: Number of parameters before packing.
+        stored_bytes: Bytes of all tensors, packed and float.
+        planned_bytes: The same, from what the plan's bits say alone.
+        resident_bytes: Bytes in memory now, with the copies that kernels have made.
+        float_bytes: Bytes without quantization in the same compute dtype.
+        average_weight_bits: Bits of codes, scales and zero points by weight, over the packed layers.
+        layers: One report a packed layer.
+    """
+
+    model: str
+    parameters: int
+    stored_bytes: int
+    planned_bytes: int
+    resident_bytes: int
+    float_bytes: int
+    average_weight_bits: float
+    layers: tuple[LayerReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return dataclasses.asdict(self)
+
+    def paths(self) -> dict[str, tuple[int, int]]:
+        """Return (layers, weights) by compute path."""
+        table: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        for layer in self.layers:
+            count, weights = table[layer.compute_path]
+            table[layer.compute_path] = count + 1, weights + layer.weights
+        return dict(table)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def planned_bytes(model: nn.Module) -> tuple[int, int]:
+    """Return (bytes of all packed weights and input scales, bytes of everything) as the plan says."""
+    layers = packed_layers(model)
+    packed = sum(layer.spec.bytes(*matrix_shape(layer)) for layer in layers.values())
+    inside = {f"{name}.{leaf}" for name in layers for leaf in TENSORS}
+    rest = sum(_bytes(t) for name, t in model.state_dict().items() if name not in inside)
+    return packed, packed + rest
+
+
+def footprint(model: nn.Module) -> Footprint:
+    """Count a denoiser, quantized or not."""
+    layers = packed_layers(model)
+    reports = []
+    weights = extra = float_bytes = 0
+    for name, layer in layers.items():
+        rows, columns = matrix_shape(layer)
+        weights += rows * columns
+        float_bytes += rows * columns * layer.compute_dtype.itemsize
+        extra += layer.resident_bytes() - layer.stored_bytes()
+        spec = layer.spec
+        reports.append(
+            LayerReport(
+                name, str(spec.weight), str(spec.input or "float"), layer.path(), rows * columns,
+                spec.bytes(rows, columns),
+            )  # fmt: skip
+        )
+    packed, total = planned_bytes(model)
+    state = model.state_dict()
+    inside = {f"{name}.{leaf}" for name in layers for leaf in TENSORS}
+    outside = {name: tensor for name, tensor in state.items() if name not in inside}
+    stored = sum(map(_bytes, state.values()))
+    return Footprint(
+        model=type(model).__name__,
+        parameters=weights + sum(t.numel() for t in outside.values()),
+        stored_bytes=stored,
+        planned_bytes=total,
+        resident_bytes=stored + extra,
+        float_bytes=float_bytes + sum(map(_bytes, outside.values())),
+        average_weight_bits=8 * packed / weights if weights else 0.0,
+        layers=tuple(reports),
+    )

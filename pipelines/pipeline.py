@@ -1,0 +1,240 @@
+"""`DQPipeline`: a diffusers pipeline that can be quantized, and says what it became."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from dq import checkpoints
+from dq.engine import decide, quantize
+from dq.errors import DQError, unknown
+from dq.family import families
+from dq.integration import DQConfig, attach
+from dq.pipelines.draw import PipelineSource
+from dq.pipelines.footprint import Footprint, footprint
+from dq.plan import Plan
+from dq.recipe import Recipe
+
+__all__ = ["RECIPE_FILE", "DQPipeline", "resolve"]
+
+RECIPE_FILE = "dq_recipe.json"
+_PROMPTS_FILE = "prompts.txt"
+
+
+def resolve(model: str | os.PathLike[str]) -> str:
+    """Return the folder of a checkpoint that ships with dq, or `model` itself."""
+    name = os.fspath(model)
+    return str(checkpoints.path(name)) if name in checkpoints.names() else name
+
+
+class DQPipeline:
+    """Mixed into a checkpoint's own pipeline class by `from_pretrained`.
+
+    The object that comes back is both a `DQPipeline` and, say, a `StableDiffusionPipeline`; it calls,
+    moves, compiles and saves as that does.
+    """
+
+    _recipe: Recipe | None = None
+    dq_prompts: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+        *,
+        component: str | None = None,
+        work_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load a pipeline, and quantize its denoiser if a recipe is given.
+
+        Recipes that need no data pack each weight as it is read: the float model never exists.
+        Others calibrate on the loaded pipeline.
+
+        Args:
+            model: Folder or hub name of a diffusers pipeline, or a checkpoint of dq such as "emoji-unet".
+            recipe: Name ("w4a8"), file, dictionary or object; None loads as it is.
+            component: Name of the denoiser, if the pipeline has several.
+            work_dir: Folder for finished stages; an interrupted calibration continues there.
+            **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`, `variant`.
+
+        Returns:
+            The pipeline, of its own class and of this one.
+
+        Raises:
+            DQError: For unknown recipes, components and families, or models quantized already.
+        """
+        path = resolve(model)
+        wanted = None if recipe is None else Recipe.get(recipe)
+        loaded: dict[str, Any] = {}
+        plan = None
+        if wanted is not None:
+            name, skeleton = _skeleton(path, component, kwargs)
+            plan = _data_free(skeleton, wanted)
+            if plan is not None:
+                config = DQConfig(plan=plan)
+                loaded[name] = type(skeleton).from_pretrained(
+                    path, subfolder=name, quantization_config=config, **_for_model(kwargs)
+                )
+        pipe = _adopt(DiffusionPipeline.from_pretrained(path, **{**kwargs, **loaded}))
+        pipe._recipe = _stored_recipe(path) if wanted is None else wanted
+        pipe.dq_prompts = _stored_prompts(path)
+        if wanted is not None and plan is None:
+            pipe.quantize(wanted, component=component, work_dir=work_dir)
+        return pipe
+
+    def quantize(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any],
+        *,
+        component: str | None = None,
+        work_dir: str | os.PathLike[str] | None = None,
+    ) -> Plan:
+        """Quantize the denoiser in place.
+
+        Args:
+            recipe: Name, file, dictionary or object.
+            component: Name of the denoiser, if the pipeline has several.
+            work_dir: Folder for finished stages.
+
+        Returns:
+            The plan. If anything fails the pipeline is left as it was.
+        """
+        wanted = Recipe.get(recipe)
+        name = _denoiser_name({k: type(v).__name__ for k, v in self.components.items()}, component)  # type: ignore[attr-defined]
+        work = None if work_dir is None else Path(work_dir)
+        model = getattr(self, name)
+        plan = quantize(model, wanted, PipelineSource(self), work)
+        attach(model, plan)
+        self._recipe = wanted
+        return plan
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The UNet or transformer."""
+        classes = {k: type(v).__name__ for k, v in self.components.items()}  # type: ignore[attr-defined]
+        model: nn.Module = getattr(self, _denoiser_name(classes, None))
+        return model
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that the denoiser was packed by, or None if it is not quantized."""
+        config = self.denoiser.config.get("quantization_config")  # type: ignore[union-attr,operator]
+        return config.plan if isinstance(config, DQConfig) else None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe that the plan came from, if it is known."""
+        return self._recipe
+
+    def footprint(self) -> Footprint:
+        """Count the bytes and bits of the denoiser."""
+        return footprint(self.denoiser)
+
+    def summary(self) -> str:
+        """Say in a few lines what the denoiser weighs and what it really computes."""
+        count = self.footprint()
+        lines = [
+            f"{count.model}: {count.parameters / 1e6:.1f} M parameters, {len(count.layers)} layers packed",
+            f"  size     {count.stored_bytes / 1e6:.2f} MB, float {count.float_bytes / 1e6:.2f} MB; "
+            f"in memory now {count.resident_bytes / 1e6:.2f} MB",
+            f"  bits     {count.average_weight_bits:.2f} a weight, scales included",
+        ]
+        for path, (layers, weights) in count.paths().items():
+            lines.append(f"  compute  {path}: {layers} layers, {weights / 1e6:.1f} M weights")
+        for name, note in (self.plan.notes if self.plan else {}).items():
+            lines.append(f"  note     {name}: {note}")
+        return "\n".join(lines)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write an ordinary diffusers folder, with the recipe and the prompts beside it.
+
+        Args:
+            save_directory: Where.
+            **kwargs: For diffusers' own `save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        folder = Path(save_directory)
+        if self._recipe is not None and self.plan is not None:
+            self._recipe.save(folder / RECIPE_FILE)
+        if self.dq_prompts:
+            (folder / _PROMPTS_FILE).write_text("\n".join(self.dq_prompts) + "\n")
+
+
+def _adopt(pipe: Any) -> Any:
+    """Give a pipeline the class that mixes DQPipeline into its own."""
+    base = type(pipe)
+    pipe.__class__ = type(base.__name__, (DQPipeline, base), {"__module__": base.__module__})
+    return pipe
+
+
+def _denoiser_name(classes: Mapping[str, str], asked: str | None) -> str:
+    """Return the component that a family describes.
+
+    Raises:
+        DQError: If `asked` is no component or not a denoiser, or if there is none at all.
+    """
+    known = {name for _, family in families.items() for name in family.classes}
+    found = [name for name, kind in classes.items() if kind in known]
+    if asked is not None:
+        if asked not in classes:
+            raise unknown("component of this pipeline", asked, classes)
+        if asked not in found:
+            raise DQError(f"component {asked!r} is a {classes[asked]}; quantizable: {', '.join(found)}")
+        return asked
+    if not found:
+        raise DQError(
+            f"no component of this pipeline ({', '.join(classes.values())}) has a family; "
+            f"known denoisers: {', '.join(sorted(known))}"
+        )
+    return found[0]
+
+
+def _skeleton(path: str, component: str | None, kwargs: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return name and weightless form of a checkpoint's denoiser."""
+    hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
+    index = DiffusionPipeline.load_config(path, **hub)
+    classes = {k: v[1] for k, v in index.items() if isinstance(v, (list, tuple)) and v[1]}
+    name = _denoiser_name(classes, component)
+    kind = getattr(diffusers, classes[name])
+    config = kind.load_config(path, subfolder=name, **hub)
+    if config.get("quantization_config"):
+        raise DQError(
+            f"{path} is quantized already ({config['quantization_config'].get('quant_method')}); "
+            "load it without a recipe, or start from the float checkpoint"
+        )
+    with init_empty_weights():
+        return name, kind.from_config(config)
+
+
+def _data_free(skeleton: nn.Module, recipe: Recipe) -> Plan | None:
+    """Return the plan of a recipe that needs no data, or None."""
+    plan = decide(skeleton, recipe)
+    return None if plan.is_static() else plan
+
+
+def _for_model(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the arguments of a pipeline's loader that its models' loaders share."""
+    shared = (
+        "cache_dir", "device_map", "dtype", "local_files_only", "max_memory", "revision", "token",
+        "torch_dtype", "use_safetensors", "variant",
+    )  # fmt: skip
+    return {k: kwargs[k] for k in shared if k in kwargs}
+
+
+def _stored_recipe(path: str) -> Recipe | None:
+    file = Path(path) / RECIPE_FILE
+    return Recipe.read(file) if file.is_file() else None
+
+
+def _stored_prompts(path: str) -> tuple[str, ...]:
+    file = Path(path) / _PROMPTS_FILE
+    return tuple(file.read_text().splitlines()) if file.is_file() else ()
