@@ -1,0 +1,1 @@
+"""How the checkpoints were made: `python -m dq.checkpoints.train --help`."""
