@@ -79,7 +79,11 @@ def draw(
 
 def _condition(pipe: Any, prompts: list[str], output_type: str) -> dict[str, Any]:
     if _takes(pipe, "prompt"):
-        return {"prompt": prompts, "output_type": output_type}
+        arguments: dict[str, Any] = {"prompt": prompts, "output_type": output_type}
+        if _takes(pipe, "use_resolution_binning"):
+            # The default size needs no binning, and PixArt's raises for sizes that were never published.
+            arguments["use_resolution_binning"] = False
+        return arguments
     if not _takes(pipe, "class_labels"):
         raise DQError(f"{type(pipe).__name__} takes neither prompts nor class labels")
     classes = _classes(pipe)
