@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,7 +15,7 @@ from dq.errors import DQError
 from dq.nn.packed import TENSORS
 from dq.plan import Plan
 
-__all__ = ["digest", "metadata", "of", "of_model", "read"]
+__all__ = ["check_readable", "digest", "metadata", "of", "of_model", "read"]
 
 _KEY = "dq_crc32"
 
@@ -25,10 +27,16 @@ def of(tensor: Tensor) -> int:
 
 
 def digest(crcs: Mapping[str, int], plan: Plan) -> str:
-    """Return 8 hex digits for all packed tensors of a plan, from the checksum of each."""
-    names = (f"{layer}.{leaf}" for layer in sorted(plan.layers) for leaf in TENSORS)
-    text = ",".join(f"{crcs[name]:08x}" for name in names if name in crcs)
-    return f"{zlib.crc32(text.encode()):08x}"
+    """Return 8 hex digits for a plan and all of its packed tensors, from the checksum of each.
+
+    The specs enter too: plans that differ only in their inputs store the same tensors.
+    """
+    words = []
+    for layer, spec in sorted(plan.layers.items()):
+        words.append(f"{layer} {json.dumps(spec.to_dict(), sort_keys=True)}")
+        names = (f"{layer}.{leaf}" for leaf in TENSORS)
+        words += [f"{crcs[name]:08x}" for name in names if name in crcs]
+    return f"{zlib.crc32(','.join(words).encode()):08x}"
 
 
 def of_model(model: nn.Module, plan: Plan) -> str:
@@ -49,21 +57,45 @@ def metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 def read(files: Iterable[str] | None, names: Iterable[str]) -> dict[str, int]:
     """Return the checksums that the headers of safetensors files promise, by tensor name.
 
+    Each shard promises the checksums of all tensors, so the first file speaks for every one.
+
     Raises:
-        DQError: If a file is truncated or not a safetensors file.
+        DQError: If a file is truncated or not a safetensors file, or its list does not fit `names`.
     """
     names = sorted(names)
+    promised: dict[str, int] = {}
     for file in files or ():
         if not str(file).endswith(".safetensors"):
             continue
+        text = _header(file).get(_KEY)
+        if text is None or promised:
+            continue
         try:
-            with safe_open(file, framework="pt") as opened:
-                text = (opened.metadata() or {}).get(_KEY)
-        except (SafetensorError, OSError) as error:
+            promised = {n: int(c, 16) for n, c in zip(names, text.split(","), strict=True)}
+        except ValueError as error:
             raise DQError(
-                f"{file} cannot be read ({error}); it is truncated or damaged: "
-                "copy or download the checkpoint again"
+                f"{file}: its header does not list a checksum for each of {len(names)} tensors; it "
+                "is damaged or of another checkpoint: copy or download the checkpoint again"
             ) from error
-        if text is not None and text.count(",") + 1 == len(names):
-            return {n: int(c, 16) for n, c in zip(names, text.split(","), strict=True)}
-    return {}
+    return promised
+
+
+def check_readable(file: str | Path) -> None:
+    """Refuse a safetensors file that is truncated or has a damaged header, without reading tensors.
+
+    Raises:
+        DQError: If it cannot be opened.
+    """
+    _header(file)
+
+
+def _header(file: str | Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise DQError(
+            f"{file} cannot be read ({error}); it is truncated or damaged: "
+            "copy or download the checkpoint again"
+        ) from error

@@ -26,14 +26,13 @@ from dq import checksum
 from dq.engine import decide
 from dq.errors import DQError, inside, unknown
 from dq.nn import describe, empty_packed, packed_layers, unpack_model
-from dq.nn.packed import COMPANIONS, packed
+from dq.nn.packed import COMPANIONS, TENSORS, packed
 from dq.nn.swap import replace
 from dq.plan import Plan
 from dq.recipe import Recipe
 
 __all__ = ["DQConfig", "DQQuantizer", "attach", "detach"]
 
-_FLOAT_SCALES = ("weight_scale", "input_scale")
 
 
 class _Method(str, Enum):  # noqa: UP042 - the loader compares with plain strings and asks for .value
@@ -64,10 +63,7 @@ class DQConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise DQError("DQConfig takes a recipe or a plan, and one of them only")
         self.quant_method = _Method.DQ
         self.recipe = None if recipe is None else Recipe.get(recipe)
-        if isinstance(plan, Mapping):
-            with inside("quantization_config"):
-                plan = Plan.from_dict({**plan, **({} if version is None else {"version": version})})
-        self.plan = plan
+        self.plan = _plan(plan, version)
         self.digest = digest
 
     @classmethod
@@ -107,6 +103,19 @@ class DQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return f"DQConfig(plan of {len(self.plan.layers)} layers of {self.plan.model})"
 
 
+def _plan(plan: Plan | Mapping[str, Any] | None, version: int | None) -> Plan | None:
+    """Return the plan that stands in a config file, where anything may stand."""
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    with inside("quantization_config"):
+        try:
+            return Plan.from_dict({**plan, **({} if version is None else {"version": version})})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DQError(
+                f"the plan is malformed ({error}); copy or download config.json again"
+            ) from error
+
+
 class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """Builds packed layers while diffusers loads a denoiser: no float copy of the weights exists."""
 
@@ -118,6 +127,8 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self.compute_dtype = torch.float32
         self._expected: dict[str, int] = {}  # checksums that the file's header promises
         self._found: dict[str, int] = {}
+        self._names: list[str] = []  # of the tensors in the files
+        self._forms: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of the tensors in the model
         self._stash: dict[str, Tensor] = {}
         self._prepared = False
 
@@ -153,6 +164,7 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Read the checksums in the headers of the files that are about to be loaded."""
         self._expected = checksum.read(checkpoint_files, loaded_keys)
+        self._names = loaded_keys
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -168,31 +180,69 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self.pre_quantized = any(name.endswith(".weight_scale") for name in state_dict)
         if not self.pre_quantized:
             return state_dict
-        self._stash = {n: self._incoming(n, v) for n, v in state_dict.items() if _leaf(n) in COMPANIONS}
-        return {n: self._incoming(n, v) for n, v in state_dict.items() if n not in self._stash}
+        self._stash = {n: v for n, v in state_dict.items() if _leaf(n) in COMPANIONS}
+        return {n: v for n, v in state_dict.items() if n not in self._stash}
 
     def _incoming(self, name: str, value: Tensor) -> Tensor:
+        self._check_form(name, value)
         self._found[name] = found = checksum.of(value)
         if self._expected.get(name, found) != found:
             raise DQError(
                 f"tensor {name} is damaged: its checksum is {found:08x}, the file was written with "
                 f"{self._expected[name]:08x}; copy or download the checkpoint again"
             )
-        is_scale = _leaf(name) in _FLOAT_SCALES and value.dtype == torch.float32
+        is_scale = _leaf(name) in COMPANIONS and value.dtype == torch.float32
         return value.view(torch.int32) if is_scale else value
+
+    def _check_form(self, name: str, value: Tensor) -> None:
+        if name not in self._forms:
+            return  # diffusers warns about tensors that a model has no use for
+        shape, dtype = self._forms[name]
+        packed = name.rpartition(".")[0] in self.plan.layers and _leaf(name) in TENSORS  # type: ignore[union-attr]
+        if value.shape != shape or (packed and value.dtype != dtype):
+            raise DQError(
+                f"tensor {name} should be {_form(shape, dtype)} by the plan in config.json, the file "
+                f"has {_form(value.shape, value.dtype)}; {_OTHER_CHECKPOINT}"
+            )
+
+    def _check_names(self) -> None:
+        """Compare the names in the files with those of the model before anything is read."""
+        lost = sorted(self._forms.keys() - set(self._names))
+        if lost:
+            raise DQError(
+                f"the weights lack {len(lost)} tensors that config.json promises, the first is "
+                f"{lost[0]}; the file is incomplete, or {_OTHER_CHECKPOINT}"
+            )
+        for name in self._names:
+            if _leaf(name) in COMPANIONS and name not in self._forms:
+                raise DQError(
+                    f"the weights hold {name}, of a packed layer that the plan in config.json does "
+                    f"not name; {_OTHER_CHECKPOINT}"
+                )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._prepared = True
         if self.plan is None:
             self.plan = decide(model, self.quantization_config.recipe)
         if self.pre_quantized:
-            empty_packed(model, self.plan)
-            kwargs.get("state_dict", {}).update(self._stash)
+            self._expect(model, kwargs.get("state_dict"))
         elif self.plan.is_static():
             raise DQError(
                 "this recipe has static inputs, whose ranges only calibration finds; use "
                 "DQPipeline.from_pretrained(model, recipe=...), or dynamic inputs ('w8a8-dynamic')"
             )
+
+    def _expect(self, model: nn.Module, single_file: dict[str, Any] | None) -> None:
+        """Prepare a model for packed tensors, those of a single file being at hand already."""
+        assert self.plan is not None  # packed checkpoints come with one
+        empty_packed(model, self.plan)
+        self._forms = {n: (tensor.shape, tensor.dtype) for n, tensor in model.state_dict().items()}
+        if single_file is not None:
+            single_file.update(self._stash)
+            self._names = list(single_file)
+        self._check_names()
+        if single_file is not None:
+            single_file.update({n: self._incoming(n, v) for n, v in single_file.items()})
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
@@ -203,17 +253,6 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if layer not in self.plan.layers:
             return False
         return leaf == "weight" or (self.pre_quantized and leaf in COMPANIONS)
-
-    def check_quantized_param_shape(
-        self, param_name: str, current_param: Tensor, loaded_param: Tensor
-    ) -> bool:
-        """Refuse codes of another size than the plan says."""
-        if current_param.shape != loaded_param.shape:
-            raise DQError(
-                f"{param_name}: the plan needs shape {tuple(current_param.shape)}, the file has "
-                f"{tuple(loaded_param.shape)}; config.json and weights are of different checkpoints"
-            )
-        return True
 
     def create_quantized_param(
         self,
@@ -228,20 +267,9 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         layer, _, leaf = param_name.rpartition(".")
         value = param_value.to(target_device) if target_device is not None else param_value
         if self.pre_quantized:
-            self._place(model.get_submodule(layer), leaf, value, param_name)
+            _place(model.get_submodule(layer), leaf, value)
         else:
             self._pack(model, layer, value)
-
-    def _place(self, layer: nn.Module, leaf: str, value: Tensor, name: str) -> None:
-        current = getattr(layer, leaf)
-        if leaf in _FLOAT_SCALES and value.dtype == torch.int32:
-            value = value.view(torch.float32)
-        if value.dtype != current.dtype:
-            raise DQError(
-                f"{name}: the plan needs {current.dtype}, the file has {value.dtype}; "
-                "config.json and weights are of different checkpoints"
-            )
-        setattr(layer, leaf, nn.Parameter(value, False) if leaf == "weight" else value)
 
     def _pack(self, model: nn.Module, name: str, value: Tensor) -> None:
         layer = model.get_submodule(name)
@@ -266,18 +294,29 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             found = checksum.digest(self._found, self.plan)
             if found != digest:
                 raise DQError(
-                    f"the weights have checksum {found}, config.json was written for {digest}: "
-                    "they are of different checkpoints; copy or download both again"
+                    f"plan and packed weights have checksum {found}, config.json was written with "
+                    f"{digest}; {_OTHER_CHECKPOINT}"
                 )
         for layer in packed_layers(model).values():
             layer.compute_dtype = self.compute_dtype
-        self._stash, self._found = {}, {}
+        self._stash, self._found, self._forms, self._names = {}, {}, {}, []
         _record(model, self, DQConfig(plan=self.plan, digest=digest or checksum.of_model(model, self.plan)))
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Add the checksum of every tensor to the header of the file."""
+        """Add the checksum of every tensor to the header of the file.
+
+        Raises:
+            DQError: If adapters are attached: PEFT renames the layers below them.
+        """
+        for name in state_dict:
+            if ".base_layer." in name:
+                raise DQError(
+                    f"{name.partition('.base_layer.')[0]} carries an adapter, and a checkpoint saved "
+                    "like this cannot be loaded: call unload_lora_weights() first, and save the "
+                    "adapter by itself with save_lora_weights()"
+                )
         return state_dict, checksum.metadata(state_dict)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
@@ -288,6 +327,17 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _form(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+
+
+def _place(layer: nn.Module, leaf: str, value: Tensor) -> None:
+    """Put one stored tensor into its packed layer."""
+    if leaf in _FLOAT_SCALES:
+        value = value.view(torch.float32)  # undoes what hid it from the loader
+    setattr(layer, leaf, nn.Parameter(value, False) if leaf == "weight" else value)
 
 
 def _record(model: nn.Module, quantizer: DQQuantizer, config: DQConfig) -> None:
@@ -304,6 +354,8 @@ def attach(model: nn.Module, plan: Plan) -> None:
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]
+    # As the loader does; it leaves the file config.json out of this.
+    model.register_to_config(_pre_quantization_dtype=model.dtype)  # type: ignore[operator]
 
 
 def detach(model: nn.Module) -> None:

@@ -64,8 +64,7 @@ class LayerSpec:
         """Return the bytes that a layer of N = rows and K = columns takes beside its bias."""
         total = self.weight.bytes(rows, columns)
         if self.input is not None and not self.input.dynamic:
-            segments = max(len(self.input_splits), 1)
-            total += segments * (4 if self.input.symmetric else 5)
+            total += 8 * max(len(self.input_splits), 1)  # a scale and a zero, float32 each
         return total
 
     def to_dict(self) -> dict[str, Any]:

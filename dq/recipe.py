@@ -13,8 +13,8 @@ from typing import Any, Self, TypeVar
 import yaml
 
 from dq.calibrate import CalibrationSpec
-from dq.engine import Method, methods
 from dq.errors import DQError, inside, unknown
+from dq.method import Method, methods
 from dq.registry import Registry
 
 __all__ = ["Recipe", "Template", "templates"]

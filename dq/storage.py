@@ -2,12 +2,13 @@
 
 Local names, without the prefix of the layer:
 
-| name                | shape and dtype         | holds                                         |
-|---------------------|-------------------------|-----------------------------------------------|
-| `weight`            | (N, bytes) uint8        | packed codes                                  |
-| `weight_scale`      | (N,) or (N, G) float32  | one a row, or one a group                     |
-| `weight_multiplier` | (N, bytes) uint8        | two-level scales: packed group multipliers - 1 |
-| `weight_zero`       | (N, bytes) uint8        | asymmetric formats: packed codes of zero      |
+| name           | shape and dtype        | holds                                                      |
+|----------------|------------------------|------------------------------------------------------------|
+| `weight`       | (N, bytes) uint8       | by row, each packed: K codes, then G multipliers minus one |
+|                |                        | (two-level scales), then G codes of zero (asymmetric)      |
+| `weight_scale` | (N,) or (N, G) float32 | one a row, or one a group                                  |
+
+Short codes share one tensor because every tensor costs about 130 bytes of file header.
 """
 
 from __future__ import annotations
@@ -26,24 +27,28 @@ from dq.spec import TensorSpec
 __all__ = ["pack_weight", "stored_shapes", "unpack_weight"]
 
 
+def _row(spec: TensorSpec, columns: int, groups: int) -> list[tuple[int, int]]:
+    """Return (number of codes, bits) of codes, multipliers and zeros; absent ones have number 0."""
+    two_level = spec.scale_format != "float32"
+    bits = spec.grid.bits
+    return [
+        (columns, bits),
+        (groups if two_level else 0, formats[spec.scale_format].bits if two_level else 1),
+        (0 if spec.symmetric else groups, bits),
+    ]
+
+
 def stored_shapes(
     spec: TensorSpec, rows: int, columns: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of each stored tensor of an `(N, K)` weight."""
-    bits = spec.grid.bits
     _, groups = spec.granularity.blocks(rows, columns)
-    two_level = spec.scale_format != "float32"
-    by_row = two_level or groups == 1
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "weight": ((rows, packed_length(columns, bits)), torch.uint8),
+    width = sum(packed_length(*part) for part in _row(spec, columns, groups))
+    by_row = spec.scale_format != "float32" or groups == 1
+    return {
+        "weight": ((rows, width), torch.uint8),
         "weight_scale": ((rows,) if by_row else (rows, groups), torch.float32),
     }
-    if two_level:
-        width = packed_length(groups, formats[spec.scale_format].bits)
-        shapes["weight_multiplier"] = ((rows, width), torch.uint8)
-    if not spec.symmetric:
-        shapes["weight_zero"] = ((rows, packed_length(groups, bits)), torch.uint8)
-    return shapes
 
 
 def pack_weight(weight: Tensor, scales: Scales, spec: TensorSpec) -> dict[str, Tensor]:
@@ -61,28 +66,29 @@ def pack_weight(weight: Tensor, scales: Scales, spec: TensorSpec) -> dict[str, T
     if weight.is_meta:
         return {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in shapes.items()}
     bits = spec.grid.bits
-    state = {
-        "weight": pack(quantize(weight, scales, spec), bits),
-        "weight_scale": scales.scale.float().reshape(shapes["weight_scale"][0]),
-    }
+    parts = [pack(quantize(weight, scales, spec), bits)]
     if scales.multiplier is not None:
-        code = (scales.multiplier - 1).to(torch.uint8)
-        state["weight_multiplier"] = pack(code, formats[spec.scale_format].bits)
+        parts.append(pack((scales.multiplier - 1).to(torch.uint8), formats[spec.scale_format].bits))
     if scales.zero is not None:
-        state["weight_zero"] = pack((scales.zero - spec.grid.low).to(torch.uint8), bits)
-    return state
+        parts.append(pack((scales.zero - spec.grid.low).to(torch.uint8), bits))
+    scale = scales.scale.float().reshape(shapes["weight_scale"][0])
+    return {"weight": torch.cat(parts, dim=1), "weight_scale": scale}
 
 
 def unpack_weight(state: Mapping[str, Tensor], spec: TensorSpec, columns: int) -> Tensor:
     """Return the float32 weight `(N, K)` that stored tensors stand for."""
-    bits = spec.grid.bits
-    rows = len(state["weight"])
-    _, groups = spec.granularity.blocks(rows, columns)
-    multiplier = zero = None
-    if "weight_multiplier" in state:
-        width = formats[spec.scale_format].bits
-        multiplier = unpack(state["weight_multiplier"], width, groups).float() + 1
-    if "weight_zero" in state:
-        zero = unpack(state["weight_zero"], bits, groups).float() + spec.grid.low
-    scales = Scales(state["weight_scale"].reshape(rows, -1), zero, multiplier)
-    return dequantize(unpack(state["weight"], bits, columns), scales, spec)
+    packed = state["weight"]
+    _, groups = spec.granularity.blocks(len(packed), columns)
+    layout = _row(spec, columns, groups)
+    parts = packed.split([packed_length(*part) for part in layout], dim=1)
+    codes, multiplier, zero = (
+        unpack(part, bits, count) if count else None
+        for part, (count, bits) in zip(parts, layout, strict=True)
+    )
+    assert codes is not None  # there is no weight without columns
+    scales = Scales(
+        state["weight_scale"].reshape(len(packed), -1),
+        None if zero is None else zero.float() + spec.grid.low,
+        None if multiplier is None else multiplier.float() + 1,
+    )
+    return dequantize(codes, scales, spec)

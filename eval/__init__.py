@@ -1,1 +1,1 @@
-"""What quantization cost: FID, CLIP score, paired similarity, speed and the report."""
+"""Evaluation: what quantization did to the images."""

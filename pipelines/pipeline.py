@@ -22,10 +22,15 @@ from dq.pipelines.footprint import Footprint, footprint
 from dq.plan import Plan
 from dq.recipe import Recipe
 
-__all__ = ["RECIPE_FILE", "DQPipeline", "resolve"]
+__all__ = ["RECIPE_FILE", "DQPipeline", "load_denoiser", "resolve"]
 
 RECIPE_FILE = "dq_recipe.json"
 _PROMPTS_FILE = "prompts.txt"
+_HUB = ("cache_dir", "local_files_only", "revision", "token")
+_FOR_MODELS = (
+    *_HUB, "device_map", "dtype", "max_memory", "quantization_config", "torch_dtype",
+    "use_safetensors", "variant",
+)  # fmt: skip
 
 
 def resolve(model: str | os.PathLike[str]) -> str:
@@ -81,9 +86,7 @@ class DQPipeline:
             plan = _data_free(skeleton, wanted)
             if plan is not None:
                 config = DQConfig(plan=plan)
-                loaded[name] = type(skeleton).from_pretrained(
-                    path, subfolder=name, quantization_config=config, **_for_model(kwargs)
-                )
+                _, loaded[name] = load_denoiser(path, name, quantization_config=config, **kwargs)
         pipe = _adopt(DiffusionPipeline.from_pretrained(path, **{**kwargs, **loaded}))
         pipe._recipe = _stored_recipe(path) if wanted is None else wanted
         pipe.dq_prompts = _stored_prompts(path)
@@ -198,13 +201,18 @@ def _denoiser_name(classes: Mapping[str, str], asked: str | None) -> str:
     return found[0]
 
 
-def _skeleton(path: str, component: str | None, kwargs: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return name and weightless form of a checkpoint's denoiser."""
-    hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
+def _locate(path: str, component: str | None, hub: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return name and class of a checkpoint's denoiser, from its model_index.json."""
     index = DiffusionPipeline.load_config(path, **hub)
     classes = {k: v[1] for k, v in index.items() if isinstance(v, (list, tuple)) and v[1]}
     name = _denoiser_name(classes, component)
-    kind = getattr(diffusers, classes[name])
+    return name, getattr(diffusers, classes[name])
+
+
+def _skeleton(path: str, component: str | None, kwargs: Mapping[str, Any]) -> tuple[str, nn.Module]:
+    """Return name and weightless form of a checkpoint's denoiser."""
+    hub = {k: v for k, v in kwargs.items() if k in _HUB}
+    name, kind = _locate(path, component, hub)
     config = kind.load_config(path, subfolder=name, **hub)
     if config.get("quantization_config"):
         raise DQError(
@@ -215,19 +223,26 @@ def _skeleton(path: str, component: str | None, kwargs: Mapping[str, Any]) -> tu
         return name, kind.from_config(config)
 
 
+def load_denoiser(path: str, component: str | None, **kwargs: Any) -> tuple[str, Any]:
+    """Load the denoiser of a pipeline, and nothing else.
+
+    Args:
+        path: Folder or hub name of the pipeline.
+        component: Name of the denoiser; None if there is only one.
+        **kwargs: For the model's `from_pretrained`; what only pipelines take is left out.
+
+    Returns:
+        Name of the component, and the model.
+    """
+    name, kind = _locate(path, component, {k: v for k, v in kwargs.items() if k in _HUB})
+    shared = {k: v for k, v in kwargs.items() if k in _FOR_MODELS}
+    return name, kind.from_pretrained(path, subfolder=name, **shared)
+
+
 def _data_free(skeleton: nn.Module, recipe: Recipe) -> Plan | None:
     """Return the plan of a recipe that needs no data, or None."""
     plan = decide(skeleton, recipe)
     return None if plan.is_static() else plan
-
-
-def _for_model(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the arguments of a pipeline's loader that its models' loaders share."""
-    shared = (
-        "cache_dir", "device_map", "dtype", "local_files_only", "max_memory", "revision", "token",
-        "torch_dtype", "use_safetensors", "variant",
-    )  # fmt: skip
-    return {k: kwargs[k] for k in shared if k in kwargs}
 
 
 def _stored_recipe(path: str) -> Recipe | None:

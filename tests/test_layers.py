@@ -8,11 +8,11 @@ import pytest
 from tests.modules import MODULES
 
 LAYERS = (  # from the bottom; modules of a package share its layer
-    "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.kernels dq.checkpoints",
+    "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.folders dq.kernels dq.checkpoints",
     "dq.formats dq.spec dq.quantize dq.scales dq.observers dq.storage",
     "dq.plan",
     "dq.nn dq.checksum dq.attention dq.calibrate dq.tune dq.family",
-    "dq.engine dq.recipe dq.integration dq.registration",
+    "dq.method dq.engine dq.recipe dq.integration dq.registration",
     "dq.methods",
     "dq.pipelines dq.eval",
     "dq.cli dq.demo dq.bench dq.__main__ dq",

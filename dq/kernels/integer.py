@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dq.kernels.kernel import Arguments
-from dq.packing import unpack
+from dq.packing import packed_length, unpack
 
 __all__ = ["InputPart", "input_parts", "integer_weight"]
 
@@ -39,27 +39,26 @@ class InputPart(NamedTuple):
 
 def integer_weight(a: Arguments) -> Tensor:
     """Return the whole-number weights `(N, K)` int8 that codes and multipliers stand for."""
-    codes = unpack(a.weight, a.weight_bits, a.columns)
+    length = packed_length(a.columns, a.weight_bits)
+    codes = unpack(a.weight[:, :length], a.weight_bits, a.columns)
     if a.weight_bits == 8:
         return (codes ^ 128).view(torch.int8)
     levels = codes.view(torch.int8) - (1 << (a.weight_bits - 1))
-    if a.multiplier is None:
+    if a.groups == 0:
         return levels
-    multiplier = unpack(a.multiplier, a.multiplier_bits, a.groups).view(torch.int8) + 1
+    multiplier = unpack(a.weight[:, length:], a.multiplier_bits, a.groups).view(torch.int8) + 1
     # -8 * 16 = -128 is the one product that touches the end of int8.
     return (levels.view(len(levels), a.groups, -1) * multiplier.unsqueeze(-1)).flatten(1)
 
 
 def input_parts(x: Tensor, a: Arguments) -> list[InputPart]:
     """Quantize an input `(R, C)` or `(B, C, H, W)`; dynamic ones by row or image."""
-    if a.input_scale is None:
-        scale = _dynamic_scale(x, a.input_bits)
-        return [InputPart(slice(None), _codes(x, scale, a.input_offset, a), a.input_offset, scale)]
+    if a.input_affine is None:
+        scale, zero = _dynamic_scale(x, a.input_bits), 1 << (a.input_bits - 1)
+        return [InputPart(slice(None), _codes(x, scale, zero, a), zero, scale)]
     parts, start = [], 0
-    for index, size in enumerate(a.segments or [x.shape[1]]):
-        channels = slice(start, start + size)
-        zero = a.input_offset if a.input_zero is None else int(a.input_zero[index])
-        scale = a.input_scale[index]
+    for size, (scale, zero_code) in zip(a.segments or [x.shape[1]], a.input_affine, strict=True):
+        channels, zero = slice(start, start + size), int(zero_code)
         parts.append(InputPart(channels, _codes(x[:, channels], scale, zero, a), zero, scale))
         start += size
     return parts

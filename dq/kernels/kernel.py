@@ -43,33 +43,28 @@ class Arguments(NamedTuple):
     """The stored tensors of a layer whose weight and input are both in a low-bit format.
 
     Attributes:
-        weight: `(N, bytes)` uint8, packed codes.
+        weight: `(N, bytes)` uint8; a row holds K packed codes, then G packed multipliers minus one.
         scale: `(N,)` float32.
-        multiplier: `(N, bytes)` uint8, packed group multipliers minus one, or None.
         bias: `(N,)` floating point or None.
-        input_scale: `(S,)` float32, one a segment of input channels; None for dynamic inputs.
-        input_zero: `(S,)` uint8 codes of zero; None where zero is `input_offset`.
+        input_affine: `(S, 2)` float32, scale and code of zero of each segment of input channels;
+            None for dynamic inputs.
         weight_bits: Width of a weight code; levels are signed.
-        multiplier_bits: Width of a multiplier code.
         columns: K, the number of weight codes in a row.
-        groups: Number of groups in a row; 1 without multipliers.
+        multiplier_bits: Width of a multiplier code.
+        groups: G, the number of multipliers in a row; 0 without.
         input_bits: Width of an input code.
-        input_offset: Code of the level 0: 2**(bits-1) for signed formats, 0 for unsigned ones.
         segments: Sizes of the S channel segments; empty if S is 1.
     """
 
     weight: Tensor
     scale: Tensor
-    multiplier: Tensor | None
     bias: Tensor | None
-    input_scale: Tensor | None
-    input_zero: Tensor | None
+    input_affine: Tensor | None
     weight_bits: int
-    multiplier_bits: int
     columns: int
+    multiplier_bits: int
     groups: int
     input_bits: int
-    input_offset: int
     segments: list[int]
 
 

@@ -68,14 +68,14 @@ def resident_bytes(weight: Tensor) -> int:
 
 def _epilogue(a: Arguments, part: InputPart, last: bool) -> tuple[float, Tensor | None]:
     """Return input scale and bias that the op itself can apply: those of a static, last part."""
-    if a.input_scale is None:
+    if a.input_affine is None:
         return 1.0, None
     return float(part.scale), a.bias.float() if last and a.bias is not None else None
 
 
 def _combine(x: Tensor, a: Arguments, parts: list[InputPart], run: Callable[..., Tensor]) -> Tensor:
     """Sum the products of all parts; one static part leaves everything to the op."""
-    single = len(parts) == 1 and a.input_scale is not None
+    single = len(parts) == 1 and a.input_affine is not None
     out_dtype = x.dtype if single and x.dtype in (torch.float32, torch.bfloat16) else torch.float32
     total: Tensor | None = None
     for index, part in enumerate(parts):
@@ -83,7 +83,7 @@ def _combine(x: Tensor, a: Arguments, parts: list[InputPart], run: Callable[...,
         y = run(index, part, scale, bias, out_dtype)
         total = y if total is None else total.add_(y)
     assert total is not None  # there is at least one part
-    if a.input_scale is None:
+    if a.input_affine is None:
         total = total.mul_(parts[0].scale)
         if a.bias is not None:
             total += a.bias.float().view(-1, *[1] * (x.dim() - 2))
@@ -95,21 +95,18 @@ def _linear_op(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    multiplier: Tensor | None,
     bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero: Tensor | None,
+    input_affine: Tensor | None,
     weight_bits: int,
-    multiplier_bits: int,
     columns: int,
+    multiplier_bits: int,
     groups: int,
     input_bits: int,
-    input_offset: int,
     segments: list[int],
 ) -> Tensor:
     a = Arguments(
-        weight, scale, multiplier, bias, input_scale, input_zero, weight_bits, multiplier_bits,
-        columns, groups, input_bits, input_offset, segments,
+        weight, scale, bias, input_affine, weight_bits, columns, multiplier_bits, groups,
+        input_bits, segments,
     )  # fmt: skip
     rows = x.reshape(-1, x.shape[-1])
     parts = input_parts(rows, a)
@@ -141,16 +138,13 @@ def _conv_op(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
-    multiplier: Tensor | None,
     bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero: Tensor | None,
+    input_affine: Tensor | None,
     weight_bits: int,
-    multiplier_bits: int,
     columns: int,
+    multiplier_bits: int,
     groups: int,
     input_bits: int,
-    input_offset: int,
     segments: list[int],
     kernel_size: list[int],
     stride: list[int],
@@ -159,8 +153,8 @@ def _conv_op(
     conv_groups: int,
 ) -> Tensor:
     a = Arguments(
-        weight, scale, multiplier, bias, input_scale, input_zero, weight_bits, multiplier_bits,
-        columns, groups, input_bits, input_offset, segments,
+        weight, scale, bias, input_affine, weight_bits, columns, multiplier_bits, groups,
+        input_bits, segments,
     )  # fmt: skip
     geometry = (stride, padding, dilation, conv_groups)
     parts = [
@@ -170,7 +164,7 @@ def _conv_op(
 
     def pack(weight: Tensor, part: InputPart) -> Tensor:
         chosen = weight.view(len(weight), -1, *kernel_size)[:, part.channels].contiguous()
-        scale = 1.0 if a.input_scale is None else float(part.scale)
+        scale = 1.0 if a.input_affine is None else float(part.scale)
         return torch.ops.onednn.qconv_prepack(
             chosen, a.scale, scale, part.zero, *geometry, list(part.codes.shape)
         )

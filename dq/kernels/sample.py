@@ -18,19 +18,17 @@ def _arguments(rows: int, columns: int, segments: list[int], device: torch.devic
         return torch.randint(1 << bits, shape, generator=generator).to(torch.uint8)
 
     parts = max(len(segments), 1)
+    scale = torch.rand(parts, generator=generator) * 0.01 + 0.01
     a = Arguments(
-        weight=pack(codes((rows, columns), 4), 4),
+        weight=torch.cat([pack(codes((rows, n), 4), 4) for n in (columns, 2)], dim=1),
         scale=torch.rand(rows, generator=generator) + 0.5,
-        multiplier=pack(codes((rows, 2), 4), 4),
         bias=torch.randn(rows, generator=generator),
-        input_scale=torch.rand(parts, generator=generator) * 0.01 + 0.01,
-        input_zero=codes((parts,), 8),
+        input_affine=torch.stack([scale, codes((parts,), 8).float()], dim=1),
         weight_bits=4,
-        multiplier_bits=4,
         columns=columns,
+        multiplier_bits=4,
         groups=2,
         input_bits=8,
-        input_offset=128,
         segments=segments,
     )
     return Arguments(*(v.to(device) if isinstance(v, Tensor) else v for v in a))

@@ -19,11 +19,11 @@ _TOP = 448.0  # largest e4m3 level; clamped to before every cast, since overflow
 def linear(x: Tensor, a: Arguments) -> Tensor:
     """E4M3 linear layer: `(..., C)` to `(..., N)`, in the dtype of `x`."""
     rows = x.reshape(-1, x.shape[-1])
-    if a.input_scale is None:
+    if a.input_affine is None:
         reach = rows.abs().amax(dim=1, keepdim=True).float()
         step = (reach / _TOP).clamp_min_(torch.finfo(torch.float32).tiny)
     else:
-        step = a.input_scale.view(1, 1).expand(len(rows), 1).contiguous()
+        step = a.input_affine[:, :1].expand(len(rows), 1).contiguous()
     codes = (rows.float() / step).clamp_(-_TOP, _TOP).to(torch.float8_e4m3fn)
     weight = a.weight.view(torch.float8_e4m3fn)
     y = torch._scaled_mm(codes, weight.t(), step, a.scale.view(1, -1), out_dtype=torch.bfloat16)
@@ -49,9 +49,9 @@ def _check(device: torch.device) -> bool:
     weight = torch.randn(48, 64, generator=generator).clamp(-3, 3).to(device)
     codes = weight.to(torch.float8_e4m3fn)
     a = Arguments(
-        weight=codes.view(torch.uint8), scale=torch.ones(48, device=device), multiplier=None, bias=None,
-        input_scale=None, input_zero=None, weight_bits=8, multiplier_bits=0, columns=64, groups=1,
-        input_bits=8, input_offset=0, segments=[],
+        weight=codes.view(torch.uint8), scale=torch.ones(48, device=device), bias=None,
+        input_affine=None, weight_bits=8, columns=64, multiplier_bits=0, groups=0, input_bits=8,
+        segments=[],
     )  # fmt: skip
     expected = x @ codes.float().t()
     return bool((linear(x, a) - expected).norm() < 0.05 * expected.norm())

@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dq.engine import Job, Method, methods
 from dq.errors import DQError, unknown
 from dq.family import Role, quantizable
+from dq.method import Job, Method, methods
 from dq.nn import describe, matrix_shape
 from dq.plan import LayerSpec, Plan
 from dq.recipe import Recipe, Template, templates

@@ -25,9 +25,7 @@ from dq.storage import pack_weight, stored_shapes, unpack_weight
 
 __all__ = ["COMPANIONS", "TENSORS", "PackedConv2d", "PackedLayer", "PackedLinear", "packed"]
 
-_WEIGHT = ("weight", "weight_scale", "weight_multiplier", "weight_zero")
-_INPUT = ("input_scale", "input_zero")
-COMPANIONS = (*_WEIGHT[1:], *_INPUT)  # what a plain layer does not have
+COMPANIONS = ("weight_scale", "input_affine")  # what a plain layer does not have
 TENSORS = ("weight", *COMPANIONS)
 
 
@@ -36,18 +34,18 @@ class PackedLayer(nn.Module):
 
     Attributes:
         spec: How the layer is quantized.
-        weight: `(N, bytes)` uint8, packed codes; see `dq.storage` for its companions
-            `weight_scale`, `weight_multiplier` and `weight_zero`.
-        input_scale: `(S,)` float32, one a segment of the input; None if dynamic or float.
-        input_zero: `(S,)` uint8 codes of zero, or None.
+        weight: `(N, bytes)` uint8, packed codes; see `dq.storage`.
+        weight_scale: `(N,)` or `(N, G)` float32.
+        input_affine: `(S, 2)` float32, scale and code of zero of each segment of a static input; None
+            if it is dynamic or float.
         compute_dtype: Dtype that the layer expects its input in; models ask for it.
     """
 
     spec: LayerSpec
     weight: nn.Parameter
     bias: nn.Parameter | None
-    input_scale: Tensor | None
-    input_zero: Tensor | None
+    weight_scale: Tensor
+    input_affine: Tensor | None
     compute_dtype: torch.dtype
     kind: str
     axis: int  # of the channels
@@ -64,9 +62,7 @@ class PackedLayer(nn.Module):
         empty = torch.empty(shape, dtype=dtype, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         if spec.input is not None and not spec.input.dynamic:
-            shapes["input_scale"] = ((len(self.sizes),), torch.float32)
-            if not spec.input.symmetric:
-                shapes["input_zero"] = ((len(self.sizes),), torch.uint8)
+            shapes["input_affine"] = ((len(self.sizes), 2), torch.float32)
         for name in COMPANIONS:
             value = None
             if name in shapes:
@@ -99,18 +95,20 @@ class PackedLayer(nn.Module):
         self.path(matrix.device.type)
 
     def _load_input(self, layer: QuantLayer) -> None:
-        if self.input_scale is None:
+        if self.input_affine is None:
             return
-        assert self.spec.input is not None  # a scale exists only for quantized inputs
-        scales = [quantizer.scales for quantizer in layer.input_quantizers]  # type: ignore[union-attr]
-        self.input_scale = torch.cat([s.scale.flatten() for s in scales])
-        if self.input_zero is not None:
-            zeros = torch.cat([s.zero.flatten() for s in scales])
-            self.input_zero = (zeros - self.spec.input.grid.low).to(torch.uint8)
+        assert self.spec.input is not None  # it has scales only if it is quantized
+        low = self.spec.input.grid.low
+        rows = []
+        for quantizer in layer.input_quantizers:
+            assert isinstance(quantizer, Quantizer)  # the list holds nothing else
+            scale, zero, _ = quantizer.scales
+            rows.append(torch.cat([scale, (torch.zeros_like(scale) if zero is None else zero) - low], 1))
+        self.input_affine = torch.cat(rows)
 
     def float_weight(self) -> Tensor:
         """Return the weight that the codes stand for, float32, in the layer's own shape."""
-        state = {name: getattr(self, name) for name in _WEIGHT if getattr(self, name) is not None}
+        state = {"weight": self.weight, "weight_scale": self.weight_scale}
         return unpack_weight(state, self.spec.weight, self.columns).view(self.float_shape)
 
     @property
@@ -159,20 +157,16 @@ class PackedLayer(nn.Module):
         weight, low = self.spec.weight, self.spec.input
         assert low is not None  # kernels serve quantized inputs only
         two_level = weight.scale_format != "float32"
-        grid = low.grid
         return Arguments(
             weight=self.weight,
             scale=self.weight_scale,
-            multiplier=self.weight_multiplier,
             bias=self.bias,
-            input_scale=self.input_scale,
-            input_zero=self.input_zero,
+            input_affine=self.input_affine,
             weight_bits=weight.grid.bits,
-            multiplier_bits=formats[weight.scale_format].bits if two_level else 0,
             columns=self.columns,
-            groups=self.columns // weight.granularity.size if two_level else 1,
-            input_bits=grid.bits,
-            input_offset=-int(grid.low) if grid.is_integer else 0,
+            multiplier_bits=formats[weight.scale_format].bits if two_level else 0,
+            groups=self.columns // weight.granularity.size if two_level else 0,
+            input_bits=low.grid.bits,
             segments=list(self.spec.input_splits),
         )
 
@@ -181,13 +175,10 @@ class PackedLayer(nn.Module):
         if low is None:
             return x
         quantizers = nn.ModuleList(Quantizer(low) for _ in self.sizes)
-        if self.input_scale is not None:
-            for index, quantizer in enumerate(quantizers):
-                assert isinstance(quantizer, Quantizer)
-                quantizer.scale = self.input_scale[index].view(1, 1)
-                if self.input_zero is not None:
-                    zero = self.input_zero[index].float() + low.grid.low
-                    quantizer.zero = zero.view(1, 1)
+        if self.input_affine is not None:
+            for quantizer, row in zip(quantizers, self.input_affine, strict=True):
+                quantizer.scale = row[:1].view(1, 1)
+                quantizer.zero = None if low.symmetric else row[1:].view(1, 1) + low.grid.low
         return fake_input(x, quantizers, self.sizes, self.axis)
 
     def stored_bytes(self) -> int:

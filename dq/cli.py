@@ -1,0 +1,215 @@
+"""The `dq` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dq.errors import DQError, unknown
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize diffusion pipelines: really packed, honestly measured.",
+)
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+Model = Annotated[str, typer.Argument(help="folder, hub name, emoji-unet or emoji-dit")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+Seed = Annotated[int, typer.Option(help="seed of the first image; image i has seed + i")]
+Dtype = Annotated[str, typer.Option(help=f"of everything that is not packed: {', '.join(_DTYPES)}")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Steps = Annotated[int, typer.Option(help="denoising steps")]
+Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt or class name a line")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one line and exit code 2."""
+    try:
+        app()
+    except DQError as error:
+        print(f"dq: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="name or .yaml file; see dq recipes")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
+    prompts: Prompts = None,
+    images: Annotated[int | None, typer.Option(help="calibration images")] = None,
+    steps: Annotated[int | None, typer.Option(help="calibration steps an image")] = None,
+    seed: Annotated[int | None, typer.Option(help="calibration seed")] = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    component: Annotated[str | None, typer.Option(help="denoiser, if there are several")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a pipeline and write it as an ordinary diffusers folder.
+
+    An interrupted run continues where it was when the same command is given again.
+    """
+    from dataclasses import replace
+
+    from dq.folders import check_free, new_folder
+    from dq.pipelines.pipeline import DQPipeline
+    from dq.recipe import Recipe
+
+    check_free(output, overwrite)
+    wanted = Recipe.get(recipe)
+    given = {"n": images, "steps": steps, "seed": seed, "prompts": _lines(prompts)}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    wanted = replace(wanted, calibration=replace(wanted.calibration, **changes))
+    work = output.with_name(f".{output.name}.work")
+    start = time.perf_counter()
+    pipe = DQPipeline.from_pretrained(
+        model, wanted, component=component, work_dir=work, dtype=_dtype(dtype), **_placed(device)
+    )
+    with new_folder(output, overwrite) as folder:
+        pipe.save_pretrained(folder)
+    _remove(work)
+    seconds = time.perf_counter() - start
+    if as_json:
+        count = pipe.footprint()
+        _print_json(
+            {"output": str(output), "recipe": wanted.to_dict(), "seconds": seconds, **count.to_dict()}
+        )
+    else:
+        print(f"{pipe.summary()}\nwritten to {output} in {seconds:.0f} s")
+
+
+@app.command()
+def generate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="image, or folder for several")],
+    prompt: Annotated[list[str] | None, typer.Option(help="prompt or class name; may repeat")] = None,
+    prompts: Prompts = None,
+    steps: Steps = 25,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    batch: Annotated[int, typer.Option(help="images drawn at a time")] = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw images with a pipeline, quantized or not."""
+    from dq.folders import check_free, new_folder
+    from dq.pipelines.draw import draw
+    from dq.pipelines.pipeline import DQPipeline
+
+    wanted = [*(prompt or ()), *(_lines(prompts) or ())]
+    if not wanted:
+        raise DQError("nothing to draw: say --prompt TEXT or --prompts FILE")
+    check_free(output, overwrite)
+    pipe = DQPipeline.from_pretrained(model, dtype=_dtype(dtype), **_placed(device))
+    start = time.perf_counter()
+    seeds = range(seed, seed + len(wanted))
+    images = draw(pipe, wanted, seeds, steps, guidance, batch)
+    seconds = time.perf_counter() - start
+    if output.suffix:
+        if len(images) > 1:
+            raise DQError(f"{len(images)} images do not fit the file {output}; name a folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        images[0].save(output)
+        files = [output]
+    else:
+        with new_folder(output, overwrite) as folder:
+            for index, image in enumerate(images):
+                image.save(folder / f"{index:05d}.png")
+        files = [output / f"{index:05d}.png" for index in range(len(images))]
+    if as_json:
+        _print_json({"files": [str(f) for f in files], "seconds": seconds})
+    else:
+        print(f"{len(files)} images in {seconds:.1f} s: {files[0]}{' ...' if len(files) > 1 else ''}")
+
+
+@app.command()
+def inspect(model: Model, dtype: Dtype = "bfloat16", as_json: AsJson = False) -> None:
+    """Show size, average bits, and for each layer what is stored and what really computes."""
+    from dq.pipelines.inspection import inspect_folder
+
+    report = inspect_folder(model, _dtype(dtype))
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print(report)
+
+
+@app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes."""
+    from dq.recipe import templates
+
+    if as_json:
+        _print_json({name: template.help for name, template in templates.items()})
+        return
+    width = max(len(name) for name in templates.names())
+    for name, template in templates.items():
+        print(f"{name:{width}}  {template.help}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")] = Path("dq-demo"),
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="what to show")] = "w4a8",
+    model: Annotated[str, typer.Option(help="emoji-unet, emoji-dit, or any pipeline")] = "emoji-unet",
+    steps: Steps = 25,
+    seed: Seed = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Quantize, save, reload and draw with the checkpoint inside the package, offline."""
+    from dq.demo import run
+
+    result = run(model, recipe, output, steps, seed, _dtype(dtype), device)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print(result)
+
+
+def _lines(path: Path | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise DQError(f"prompt file {path} does not exist")
+    lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if not lines:
+        raise DQError(f"prompt file {path} is empty; write one prompt a line")
+    return lines
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in _DTYPES:
+        raise unknown("dtype", name, _DTYPES)
+    return getattr(torch, name)
+
+
+def _placed(device: str) -> dict[str, str]:
+    return {} if device == "cpu" else {"device_map": device}
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, indent=2))
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

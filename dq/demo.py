@@ -1,0 +1,155 @@
+"""The whole job on one checkpoint: quantize, save, reload by plain diffusers, draw, compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+
+from dq.eval.grid import grid
+from dq.eval.paired import paired_psnr
+from dq.eval.report import Page
+from dq.folders import new_folder
+from dq.pipelines.draw import default_prompts, draw
+from dq.pipelines.inspection import Inspection, inspect_folder
+from dq.pipelines.pipeline import DQPipeline
+from dq.recipe import Recipe
+
+__all__ = ["Demo", "run"]
+
+_COUNT = 8  # images a row
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration found.
+
+    Attributes:
+        model: Checkpoint.
+        recipe: Name of the recipe.
+        float_bytes: Size of the denoiser before, in the same dtype.
+        bytes_on_disk: Size of its files after.
+        average_weight_bits: Scales and zero points included.
+        compute_paths: Number of layers by what really ran.
+        float_milliseconds: Time of one image before, all steps, text encoder and decoder included.
+        milliseconds: After.
+        psnr: Mean over the images, dB, against full precision with the same seeds.
+        quantize_seconds: Calibration and packing.
+        output: Folder with grid.png, report.html and the quantized pipeline.
+    """
+
+    model: str
+    recipe: str
+    float_bytes: int
+    bytes_on_disk: int
+    average_weight_bits: float
+    compute_paths: dict[str, int]
+    float_milliseconds: float
+    milliseconds: float
+    psnr: float
+    quantize_seconds: float
+    output: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return dataclasses.asdict(self)
+
+    def rows(self) -> list[dict[str, object]]:
+        """Return the table that is printed and put on the page."""
+        faster = self.float_milliseconds / self.milliseconds
+        table = {
+            "size of the denoiser": f"{self.float_bytes / 1e6:.2f} MB -> {self.bytes_on_disk / 1e6:.2f} MB on disk",
+            "bits a weight": f"{self.average_weight_bits:.2f}, scales and zero points included",
+            "computes as": ", ".join(f"{n} layers {p}" for p, n in self.compute_paths.items()),
+            "time an image": f"{self.float_milliseconds:.0f} ms -> {self.milliseconds:.0f} ms"
+            f" ({faster:.2f} times as fast)",
+            "PSNR to full precision": f"{self.psnr:.1f} dB, mean of {_COUNT} images, same seeds",
+            "time to quantize": f"{self.quantize_seconds:.0f} s",
+        }
+        return [{"what": what, "result": result} for what, result in table.items()]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model} with {self.recipe}"]
+        lines += [f"  {row['what']:24}{row['result']}" for row in self.rows()]
+        lines += [f"  look at {self.output}/grid.png and {self.output}/report.html"]
+        return "\n".join(lines)
+
+
+def run(
+    model: str, recipe: str, output: Path, steps: int, seed: int, dtype: torch.dtype, device: str
+) -> Demo:
+    """Run the demonstration and write its folder anew.
+
+    Args:
+        model: Checkpoint, by name or folder.
+        recipe: Name or file.
+        output: Folder to write; one that exists is replaced.
+        steps: Denoising steps.
+        seed: Of the first image.
+        dtype: Of everything that is not packed.
+        device: Where to run.
+
+    Returns:
+        The findings.
+    """
+    wanted = Recipe.get(recipe)
+    with new_folder(output, overwrite=True) as folder:
+        pipe = DQPipeline.from_pretrained(model, dtype=dtype).to(device)
+        prompts = _spread(default_prompts(pipe))
+        before, float_time = _timed(pipe, prompts, steps, seed)
+        float_bytes = pipe.footprint().stored_bytes
+        start = time.perf_counter()
+        pipe.quantize(wanted, work_dir=folder / "work")
+        quantize_seconds = time.perf_counter() - start
+        pipe.save_pretrained(folder / "model")
+        plain = DiffusionPipeline.from_pretrained(folder / "model", dtype=dtype).to(device)
+        after, quantized_time = _timed(plain, prompts, steps, seed)
+        seen = inspect_folder(folder / "model", dtype)
+        result = Demo(
+            model=model, recipe=wanted.name, float_bytes=float_bytes, bytes_on_disk=seen.bytes_on_disk,
+            average_weight_bits=seen.footprint.average_weight_bits,
+            compute_paths={path: n for path, (n, _) in pipe.footprint().paths().items()},
+            float_milliseconds=float_time, milliseconds=quantized_time,
+            psnr=paired_psnr(after, before).mean, quantize_seconds=quantize_seconds, output=str(output),
+        )  # fmt: skip
+        _write(folder, result, seen, {"full precision": before, wanted.name: after}, prompts)
+    return result
+
+
+def _spread(prompts: tuple[str, ...]) -> list[str]:
+    """Take `_COUNT` prompts, evenly spread over the list."""
+    return list(prompts[:: max(1, len(prompts) // _COUNT)][:_COUNT])
+
+
+def _timed(pipe: Any, prompts: list[str], steps: int, seed: int) -> tuple[list[Image], float]:
+    """Draw, after one step to warm up; return the images and milliseconds an image."""
+    seeds = range(seed, seed + len(prompts))
+    draw(pipe, prompts, seeds, steps=1)
+    start = time.perf_counter()
+    images = draw(pipe, prompts, seeds, steps)
+    return images, 1000 * (time.perf_counter() - start) / len(prompts)
+
+
+def _write(
+    folder: Path, result: Demo, seen: Inspection, rows: dict[str, list[Image]], prompts: list[str]
+) -> None:
+    picture = grid(rows, prompts)
+    picture.save(folder / "grid.png")
+    page = Page(f"dq: {result.model} with {result.recipe}")
+    page.table(result.rows())
+    page.heading("The same seeds in full precision and quantized")
+    page.image(picture, "images of both pipelines, side by side")
+    page.heading("Layers")
+    page.table([_row(entry) for entry in seen.to_dict()["layers"]])
+    page.write(folder / "report.html")
+
+
+def _row(entry: dict[str, Any]) -> dict[str, object]:
+    bits = 8 * entry["bytes"] / entry["weights"]
+    return {**{k: entry[k] for k in ("name", "weight", "input", "compute_path")}, "bits": f"{bits:.2f}"}

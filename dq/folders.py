@@ -1,0 +1,78 @@
+"""Output folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dq.errors import DQError
+
+__all__ = ["check_free", "new_folder"]
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists, before any work is done for it.
+
+    Raises:
+        DQError: If `target` exists and must not be overwritten.
+    """
+    if target.exists() and not overwrite:
+        raise DQError(f"{target} exists already; choose another name, or say --overwrite")
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; rename it to `target` when all went well.
+
+    A folder that was there before is removed only after the new one stands in its place; a killed run
+    leaves it as it was.
+
+    Args:
+        target: The folder to make.
+        overwrite: Whether it may exist.
+
+    Raises:
+        DQError: If it exists, or if the disk is full.
+    """
+    check_free(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        _exchange(partial, target)
+    except Exception as error:
+        if _is_full(error):
+            raise DQError(
+                f"no space left on the disk of {target.parent}: free some, or choose another place; "
+                "nothing was changed"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(partial: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    if old.is_dir():
+        shutil.rmtree(old)
+    elif old.exists():
+        old.unlink()
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that the disk is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):  # safetensors raises its own class
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,55 @@
+"""What a step of a recipe is, and what it is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from dq.calibrate import Calibration
+from dq.family import Family
+from dq.plan import Plan
+from dq.registry import Registry
+
+__all__ = ["Job", "Method", "methods"]
+
+
+@dataclass
+class Job:
+    """The only carrier that methods are given.
+
+    Attributes:
+        model: The denoiser; float before `install`, simulated after.
+        family: What is known about it.
+        plan: The decisions so far.
+        calibration: Captured calls, made on first use.
+        generator: Source of every random number that a method draws.
+    """
+
+    model: nn.Module
+    family: Family
+    plan: Plan
+    calibration: Calibration
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One step of a recipe. A subclass is a frozen dataclass of its hyper-parameters.
+
+    It overrides the hooks that it needs.
+    """
+
+    def observe(self, job: Job) -> None:
+        """Measure what `decide` will ask for; results are kept in `job.calibration.work`."""
+
+    def decide(self, job: Job) -> Plan:
+        """Return the plan that `job.plan` becomes. Sees the model on the meta device if data-free."""
+        return job.plan
+
+    def tune(self, job: Job) -> None:
+        """Change weights and scales of the simulated layers, in place."""
+
+
+methods: Registry[type[Method]] = Registry("method", home="dq.methods")

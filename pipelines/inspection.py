@@ -1,0 +1,106 @@
+"""What a checkpoint holds, read from its folder: `dq inspect`."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dq.errors import DQError
+from dq.pipelines.footprint import Footprint, footprint
+from dq.pipelines.pipeline import load_denoiser, resolve
+
+__all__ = ["Inspection", "inspect_folder"]
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's denoiser, from its files and its plan.
+
+    Attributes:
+        model: Folder or name as it was asked for.
+        bytes_on_disk: Size of the denoiser's weight files, headers included.
+        footprint: What they hold.
+        notes: Where the recipe was not followed to the letter, by layer.
+    """
+
+    model: str
+    bytes_on_disk: int
+    footprint: Footprint
+    notes: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        count = self.footprint
+        return {
+            "model": self.model,
+            "denoiser": count.model,
+            "parameters": count.parameters,
+            "bytes_on_disk": self.bytes_on_disk,
+            "bytes_planned": count.planned_bytes,
+            "average_weight_bits": count.average_weight_bits,
+            "notes": self.notes,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "weight": layer.weight,
+                    "input": layer.input,
+                    "compute_path": layer.compute_path,
+                    "weights": layer.weights,
+                    "bytes": layer.bytes,
+                }
+                for layer in count.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        count = self.footprint
+        lines = [
+            f"{self.model}: {count.model}, {count.parameters / 1e6:.2f} M parameters",
+            f"on disk  {self.bytes_on_disk / 1e6:.3f} MB; the plan says {count.planned_bytes / 1e6:.3f} MB",
+        ]
+        if not count.layers:
+            return "\n".join([*lines, "not quantized"])
+        lines.append(f"bits     {count.average_weight_bits:.2f} a weight, scales and zero points included")
+        lines += ["", *_table(count)]
+        lines += [f"note     {name}: {note}" for name, note in self.notes.items()]
+        return "\n".join(lines)
+
+
+def _table(count: Footprint) -> list[str]:
+    """Group layers that are stored and computed alike."""
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    for layer in count.layers:
+        groups[layer.weight, layer.input, layer.compute_path].append(layer.weights)
+    rows = [("layers", "weights", "weight", "input", "computes as")]
+    for (weight, source, path), sizes in groups.items():
+        rows.append((str(len(sizes)), f"{sum(sizes) / 1e6:.2f} M", weight, source, path))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+
+
+def inspect_folder(model: str | os.PathLike[str], dtype: torch.dtype) -> Inspection:
+    """Load the denoiser of a checkpoint, and nothing else, and count it.
+
+    Args:
+        model: Folder of a pipeline, or a checkpoint of dq.
+        dtype: Compute dtype to report for.
+
+    Raises:
+        DQError: If it is no pipeline folder.
+    """
+    path = Path(resolve(model))
+    if not (path / "model_index.json").is_file():
+        raise DQError(f"{path} is not a pipeline folder: it has no model_index.json")
+    name, denoiser = load_denoiser(str(path), None, dtype=dtype)
+    files = [f for pattern in _WEIGHT_FILES for f in (path / name).glob(pattern)]
+    config = denoiser.config.get("quantization_config")
+    notes = dict(config.plan.notes) if config is not None and config.plan else {}
+    size = sum(f.stat().st_size for f in files)
+    return Inspection(os.fspath(model), size, footprint(denoiser), notes)
