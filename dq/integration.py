@@ -335,7 +335,7 @@ def _form(shape: torch.Size, dtype: torch.dtype) -> str:
 
 def _place(layer: nn.Module, leaf: str, value: Tensor) -> None:
     """Put one stored tensor into its packed layer."""
-    if leaf in _FLOAT_SCALES:
+    if leaf in COMPANIONS:
         value = value.view(torch.float32)  # undoes what hid it from the loader
     setattr(layer, leaf, nn.Parameter(value, False) if leaf == "weight" else value)
 
