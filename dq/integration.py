@@ -1,9 +1,9 @@
 """How dq plugs into diffusers: a quantizer and its config, in the loader's own two mappings.
 
-diffusers has no call to register a quantizer; `register` writes into the two dictionaries that decide.
-The order in which its loader calls the members below is fixed (diffusers 0.42):
-`__init__`, `update_torch_dtype`, `maybe_update_loaded_keys`, `_process_model_before_weight_loading`,
-then for each file `maybe_update_state_dict` and for each tensor `check_if_quantized_param` and
+diffusers has no call to register a quantizer; `register` writes into the two dictionaries that
+decide. The order in which its loader calls the members below is fixed (diffusers 0.42): `__init__`,
+`update_torch_dtype`, `maybe_update_loaded_keys`, `_process_model_before_weight_loading`, then for
+each file `maybe_update_state_dict` and for each tensor `check_if_quantized_param` and
 `create_quantized_param`, at the end `_process_model_after_weight_loading`. `from_single_file` calls
 `maybe_update_state_dict` first of all, and always claims that the file is quantized already.
 """
@@ -33,6 +33,10 @@ from dq.recipe import Recipe
 
 __all__ = ["DQConfig", "DQQuantizer", "attach", "detach"]
 
+_KEYS = ("recipe", "plan", "digest", "version")
+_OTHER_CHECKPOINT = (
+    "config.json and weights are of different checkpoints: copy or download both again"
+)
 
 
 class _Method(str, Enum):  # noqa: UP042 - the loader compares with plain strings and asks for .value
@@ -73,8 +77,8 @@ class DQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Invert `to_dict`."""
         values = {k: v for k, v in config_dict.items() if k != "quant_method"}
         for key in values:
-            if key not in ("recipe", "plan", "digest", "version"):
-                raise unknown("key of quantization_config", key, ("plan", "recipe", "digest", "version"))
+            if key not in _KEYS:
+                raise unknown("key of quantization_config", key, _KEYS)
         config = cls(**values)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -117,7 +121,7 @@ def _plan(plan: Plan | Mapping[str, Any] | None, version: int | None) -> Plan | 
 
 
 class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
-    """Builds packed layers while diffusers loads a denoiser: no float copy of the weights exists."""
+    """Builds packed layers while diffusers loads a denoiser: no float copy of it ever exists."""
 
     use_keep_in_fp32_modules = True
 
@@ -161,14 +165,16 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self.compute_dtype = torch_dtype or torch.float32
         return self.compute_dtype
 
-    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str]
+    ) -> list[str]:
         """Read the checksums in the headers of the files that are about to be loaded."""
         self._expected = checksum.read(checkpoint_files, loaded_keys)
         self._names = loaded_keys
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Check each tensor, and hide float32 scales from the loader's casts by viewing them as int32."""
+        """Check each tensor, and view float32 scales as int32: the loader casts floats."""
         if not self._prepared:
             return self._single_file(state_dict)
         if not self.pre_quantized:
@@ -198,11 +204,12 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         if name not in self._forms:
             return  # diffusers warns about tensors that a model has no use for
         shape, dtype = self._forms[name]
-        packed = name.rpartition(".")[0] in self.plan.layers and _leaf(name) in TENSORS  # type: ignore[union-attr]
+        assert self.plan is not None  # forms are those of a planned model
+        packed = name.rpartition(".")[0] in self.plan.layers and _leaf(name) in TENSORS
         if value.shape != shape or (packed and value.dtype != dtype):
             raise DQError(
-                f"tensor {name} should be {_form(shape, dtype)} by the plan in config.json, the file "
-                f"has {_form(value.shape, value.dtype)}; {_OTHER_CHECKPOINT}"
+                f"tensor {name} should be {_form(shape, dtype)} by the plan in config.json, the "
+                f"file has {_form(value.shape, value.dtype)}; {_OTHER_CHECKPOINT}"
             )
 
     def _check_names(self) -> None:
@@ -300,7 +307,8 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for layer in packed_layers(model).values():
             layer.compute_dtype = self.compute_dtype
         self._stash, self._found, self._forms, self._names = {}, {}, {}, []
-        _record(model, self, DQConfig(plan=self.plan, digest=digest or checksum.of_model(model, self.plan)))
+        digest = digest or checksum.of_model(model, self.plan)
+        _record(model, self, DQConfig(plan=self.plan, digest=digest))
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -313,9 +321,9 @@ class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         for name in state_dict:
             if ".base_layer." in name:
                 raise DQError(
-                    f"{name.partition('.base_layer.')[0]} carries an adapter, and a checkpoint saved "
-                    "like this cannot be loaded: call unload_lora_weights() first, and save the "
-                    "adapter by itself with save_lora_weights()"
+                    f"{name.partition('.base_layer.')[0]} carries an adapter, and a checkpoint "
+                    "saved like this cannot be loaded: call unload_lora_weights() first, and save "
+                    "the adapter by itself with save_lora_weights()"
                 )
         return state_dict, checksum.metadata(state_dict)
 
@@ -335,7 +343,7 @@ def _form(shape: torch.Size, dtype: torch.dtype) -> str:
 
 def _place(layer: nn.Module, leaf: str, value: Tensor) -> None:
     """Put one stored tensor into its packed layer."""
-    if leaf in COMPANIONS:
+    if value.dtype == torch.int32:
         value = value.view(torch.float32)  # undoes what hid it from the loader
     setattr(layer, leaf, nn.Parameter(value, False) if leaf == "weight" else value)
 
@@ -346,7 +354,7 @@ def _record(model: nn.Module, quantizer: DQQuantizer, config: DQConfig) -> None:
 
 
 def attach(model: nn.Module, plan: Plan) -> None:
-    """Tell diffusers that a live model was quantized, so that `save_pretrained` writes it as such."""
+    """Tell diffusers that a live model was quantized: `save_pretrained` then writes it as such."""
     config = DQConfig(plan=plan, digest=checksum.of_model(model, plan))
     quantizer = DQQuantizer(config, pre_quantized=True)
     quantizer._prepared = True
@@ -359,6 +367,6 @@ def attach(model: nn.Module, plan: Plan) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Remove every trace of quantization from a model's config; the loader's own code forgets it."""
+    """Remove every trace of quantization from a model's config; the loader itself forgets it."""
     kept = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr,operator]
     model._internal_dict = FrozenDict(kept)  # type: ignore[assignment]
