@@ -42,7 +42,8 @@ class Footprint:
 
     Attributes:
         model: Class name.
-        parameters: Number of parameters before packing.
+        parameters: Number of parameters before packing; `num_parameters()` of diffusers counts the
+            bytes of packed codes instead, half of them with 4-bit weights.
         stored_bytes: Bytes of all tensors, packed and float.
         planned_bytes: The same, from what the plan's bits say alone.
         resident_bytes: Bytes in memory now, with the copies that kernels have made.
@@ -110,7 +111,7 @@ def footprint(model: nn.Module) -> Footprint:
     stored = sum(map(_bytes, state.values()))
     return Footprint(
         model=type(model).__name__,
-        parameters=weights + sum(t.numel() for t in outside.values()),
+        parameters=weights + sum(t.numel() for n, t in model.named_parameters() if n in outside),
         stored_bytes=stored,
         planned_bytes=total,
         resident_bytes=stored + extra,
