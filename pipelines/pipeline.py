@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dq import checkpoints
+from dq import checkpoints, checksum
 from dq.engine import decide, quantize
 from dq.errors import DQError, unknown
 from dq.family import families
-from dq.integration import DQConfig, attach
+from dq.integration import DQConfig, DQQuantizer, attach
+from dq.nn import packed_layers
 from dq.pipelines.draw import PipelineSource
 from dq.pipelines.footprint import Footprint, footprint
 from dq.plan import Plan
@@ -85,9 +88,11 @@ class DQPipeline:
             name, skeleton = _skeleton(path, component, kwargs)
             plan = _data_free(skeleton, wanted)
             if plan is not None:
-                config = DQConfig(plan=plan)
-                _, loaded[name] = load_denoiser(path, name, quantization_config=config, **kwargs)
-        pipe = _adopt(DiffusionPipeline.from_pretrained(path, **{**kwargs, **loaded}))
+                asked = {**kwargs, "quantization_config": DQConfig(plan=plan)}
+                with _files_named(path):
+                    _, loaded[name] = load_denoiser(path, name, **asked)
+        with _files_named(path):
+            pipe = _adopt(DiffusionPipeline.from_pretrained(path, **{**kwargs, **loaded}))
         pipe._recipe = _stored_recipe(path) if wanted is None else wanted
         pipe.dq_prompts = _stored_prompts(path)
         if wanted is not None and plan is None:
@@ -130,13 +135,30 @@ class DQPipeline:
     @property
     def plan(self) -> Plan | None:
         """The plan that the denoiser was packed by, or None if it is not quantized."""
-        config = self.denoiser.config.get("quantization_config")  # type: ignore[union-attr,operator]
-        return config.plan if isinstance(config, DQConfig) else None
+        # Not from the config: saving turns the entry there into plain JSON values.
+        quantizer = getattr(self.denoiser, "hf_quantizer", None)
+        return quantizer.plan if isinstance(quantizer, DQQuantizer) else None
 
     @property
     def recipe(self) -> Recipe | None:
         """The recipe that the plan came from, if it is known."""
         return self._recipe
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move to a device, as diffusers' own `to`.
+
+        Raises:
+            DQError: If a dtype is asked for and a component is packed. diffusers raises too, but
+                after it has cast the components before that one.
+        """
+        asked = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.dtype)]
+        for name, component in self.components.items():  # type: ignore[attr-defined]
+            if asked and isinstance(component, nn.Module) and packed_layers(component):
+                raise DQError(
+                    f"{name} is packed and cannot be cast to {asked[0]}; nothing was cast. Load it "
+                    "in that dtype: DQPipeline.from_pretrained(..., torch_dtype=...)"
+                )
+        return super().to(*args, **kwargs)  # type: ignore[misc]
 
     def footprint(self) -> Footprint:
         """Count the bytes and bits of the denoiser."""
@@ -170,6 +192,20 @@ class DQPipeline:
             self._recipe.save(folder / RECIPE_FILE)
         if self.dq_prompts:
             (folder / _PROMPTS_FILE).write_text("\n".join(self.dq_prompts) + "\n")
+
+
+@contextmanager
+def _files_named(path: str) -> Iterator[None]:
+    """If loading fails and a file of the folder cannot be read, say which."""
+    try:
+        yield
+    except Exception as error:
+        for file in sorted(Path(path).rglob("*.safetensors")):
+            try:
+                checksum.check_readable(file)
+            except DQError as cause:
+                raise cause from error
+        raise
 
 
 def _adopt(pipe: Any) -> Any:
