@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dq.errors import DQError
+from dq.integration import DQQuantizer
 from dq.pipelines.footprint import Footprint, footprint
 from dq.pipelines.pipeline import load_denoiser, resolve
 
@@ -100,7 +101,7 @@ def inspect_folder(model: str | os.PathLike[str], dtype: torch.dtype) -> Inspect
         raise DQError(f"{path} is not a pipeline folder: it has no model_index.json")
     name, denoiser = load_denoiser(str(path), None, dtype=dtype)
     files = [f for pattern in _WEIGHT_FILES for f in (path / name).glob(pattern)]
-    config = denoiser.config.get("quantization_config")
-    notes = dict(config.plan.notes) if config is not None and config.plan else {}
+    quantizer = getattr(denoiser, "hf_quantizer", None)
+    notes = dict(quantizer.plan.notes) if isinstance(quantizer, DQQuantizer) else {}
     size = sum(f.stat().st_size for f in files)
     return Inspection(os.fspath(model), size, footprint(denoiser), notes)
