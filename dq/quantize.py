@@ -37,11 +37,12 @@ def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
     shape = parts.shape[:2]
     if x.is_meta:
         return _valueless(shape, spec)
+    # Before observing: one that cuts off the ends would cut off NaN too.
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(x)):
+        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
     observer = observers[spec.observer](spec)
     observer.update(parts.flatten(0, 1))
     low, high = observer.range()
-    if not bool(torch.isfinite(low + high).all()):
-        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
     scales = scales_of_range(low.reshape(shape), high.reshape(shape), spec)
     return scales if spec.scale_format == "float32" else _two_level(parts, scales.scale, spec)
 
