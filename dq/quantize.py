@@ -66,7 +66,9 @@ def _two_level(parts: Tensor, scale: Tensor, spec: TensorSpec) -> Scales:
     Every multiplier is tried for every group, for a few row scales; least squares decides.
     """
     top = int(formats[spec.scale_format].high) + 1
-    widest = scale.amax(1, keepdim=True) / top
+    # A group of zeros has scale 1, above its largest magnitude: it must not coarsen its row.
+    widest = torch.minimum(scale, parts.abs().amax(-1)).amax(1, keepdim=True) / top
+    widest = torch.where(widest > torch.finfo(torch.float32).tiny, widest, 1.0)
     best_row, best_multiplier = widest, torch.ones_like(scale)
     best_error = torch.full_like(widest, torch.inf)
     for shrink in (1.0, 0.925, 0.85):
