@@ -79,6 +79,11 @@ def _job(model: nn.Module, recipe: Recipe, source: Source | None, work: Path | N
             f"this {type(model).__name__} is quantized already; "
             "start from the float checkpoint, or call dequantize() first"
         )
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise DQError(
+            f"this {type(model).__name__} carries LoRA adapters, which would be packed as layers of "
+            "its own; call unload_lora_weights() first (after fuse_lora() to keep their effect)"
+        )
     folder = None if work is None else work / fingerprint(model, recipe.to_dict())
     plan = Plan(type(model).__name__, {})
     calibration = Calibration(model, source, recipe.calibration, Work(folder))

@@ -84,12 +84,19 @@ def family_of(model: nn.Module) -> Family:
     )
 
 
+_ADAPTERS = frozenset({"processor", "image_projection_layers"})
+
+
 def quantizable(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return all Linear and Conv2d layers by module name, in the order of the model."""
+    """Return all Linear and Conv2d layers by module name, in the order of the model.
+
+    Layers that an IP-Adapter has added are left out: the denoiser's checkpoint does not hold them,
+    and diffusers casts images to the dtype of their weights.
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and _ADAPTERS.isdisjoint(name.split("."))
     }
 
 
