@@ -62,12 +62,11 @@ def _splits(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
-    config, like = model.config, next(model.parameters())
+    config, like = model.config, model.conv_in.bias  # packed weights do not tell the dtype
     size = config.sample_size if isinstance(config.sample_size, int) else 64
 
     def normal(*shape: int) -> torch.Tensor:
-        dtype = like.dtype if like.is_floating_point() else torch.float32
-        return torch.randn(shape, generator=generator).to(like.device, dtype)
+        return torch.randn(shape, generator=generator).to(like.device, like.dtype)
 
     cross = config.cross_attention_dim
     width = cross if isinstance(cross, int) else cross[0]
