@@ -1,4 +1,4 @@
-"""Integer linear through `torch._int_mm`: exact, on CUDA and on any CPU; scaling is a second pass."""
+"""Integer linear through `torch._int_mm`: exact, on CUDA and any CPU; scaling is a second pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dq.kernels.sample import linear_sample
 
 __all__ = ["linear"]
 
-_CHUNK = 1 << 20  # outputs scaled at a time on a CPU: larger float32 temporaries are page-faulted anew
+_CHUNK = (
+    1 << 20
+)  # outputs scaled at a time on a CPU: larger float32 temporaries are page-faulted anew
 _CUDA_ROWS = 17  # cuBLAS takes more than 16 rows only
 
 
@@ -33,6 +35,8 @@ def _product(rows: Tensor, weight: Tensor, a: Arguments) -> Tensor:
         if rows.is_cuda and len(codes) < _CUDA_ROWS:
             codes = torch.nn.functional.pad(codes, (0, 0, 0, _CUDA_ROWS - len(codes)))
         columns = weight[:, part.channels]
+        if columns.shape[1] == 1:  # torch 2.13 on a CPU misreads the strides of a single feature
+            codes, columns = (torch.nn.functional.pad(t, (0, 1)) for t in (codes, columns))
         product = torch._int_mm(codes.contiguous(), columns.contiguous().t())[: len(rows)]
         if part.zero != 128:
             product = product - (part.zero - 128) * columns.sum(1, dtype=torch.int32)
