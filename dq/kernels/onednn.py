@@ -30,7 +30,6 @@ class _Packed(NamedTuple):
 
     stamp: tuple[int, int]
     parts: list[Tensor]
-    scale: Tensor
     zero: Tensor
     bytes: int
 
@@ -53,7 +52,7 @@ def _prepacked(
         weight = integer_weight(a)
         made = [pack(weight, part) for part in parts]
         zero = torch.zeros(len(weight), dtype=torch.int32)
-        entry = _Packed(_stamp(a.weight), made, a.scale.contiguous(), zero, weight.numel())
+        entry = _Packed(_stamp(a.weight), made, zero, weight.numel())
         while len(shapes) >= _MOST_SHAPES:
             shapes.pop(next(iter(shapes)))
         shapes[key] = entry
@@ -121,7 +120,7 @@ def _linear_op(
         index: int, part: InputPart, scale: float, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         return torch.ops.onednn.qlinear_pointwise(
-            part.codes, scale, part.zero, packed.parts[index], packed.scale, packed.zero, bias,
+            part.codes, scale, part.zero, packed.parts[index], a.scale, packed.zero, bias,
             1.0, 0, dtype, "none", [], "",
         )  # fmt: skip
 
@@ -175,7 +174,7 @@ def _conv_op(
         index: int, part: InputPart, scale: float, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         return torch.ops.onednn.qconv2d_pointwise(
-            part.codes, scale, part.zero, packed.parts[index], packed.scale, packed.zero, bias,
+            part.codes, scale, part.zero, packed.parts[index], a.scale, packed.zero, bias,
             *geometry, 1.0, 0, dtype, "none", [], "",
         )  # fmt: skip
 
@@ -227,4 +226,6 @@ def _check_conv(device: torch.device) -> bool:
 kernels.add(
     "onednn_linear", Kernel("int8 gemm (oneDNN)", 2, _refuses("linear"), linear, _check_linear)
 )
-kernels.add("onednn_conv2d", Kernel("int8 conv (oneDNN)", 2, _refuses("conv2d"), conv2d, _check_conv))
+kernels.add(
+    "onednn_conv2d", Kernel("int8 conv (oneDNN)", 2, _refuses("conv2d"), conv2d, _check_conv)
+)
