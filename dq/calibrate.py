@@ -1,7 +1,7 @@
 """Calibration: what really enters the denoiser, and what ranges its layers see.
 
-Inputs are captured by a pre-hook on the denoiser while its own pipeline draws images, then replayed:
-every method sees the same calls, in the same order, whatever else it does.
+Inputs are captured by a pre-hook on the denoiser while its own pipeline draws images, then
+replayed: every method sees the same calls, in the same order, whatever else it does.
 """
 
 from __future__ import annotations
@@ -112,8 +112,10 @@ def _flatten(call: Call) -> dict[str, Tensor]:
         elif isinstance(value, (int, float)):
             flat[key] = torch.tensor(value)
         elif value is not None:
-            raise DQError(f"argument {key!r} of the denoiser is a {type(value).__name__}: "
-                          "calibration can replay tensors, numbers and dictionaries of them")  # fmt: skip
+            raise DQError(
+                f"argument {key!r} of the denoiser is a {type(value).__name__}: "
+                "calibration can replay tensors, numbers and dictionaries of them"
+            )
     return flat
 
 

@@ -23,7 +23,7 @@ _KEY = "dq_crc32"
 def of(tensor: Tensor) -> int:
     """Return the CRC-32 of the bytes of a tensor."""
     flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return zlib.crc32(memoryview(flat.numpy()))
+    return zlib.crc32(flat.numpy().data)
 
 
 def digest(crcs: Mapping[str, int], plan: Plan) -> str:

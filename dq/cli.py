@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output 
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line and exit code 2."""
+    # Before the libraries are imported: their advice is for programmers.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except DQError as error:
@@ -45,7 +51,9 @@ def main() -> None:
 @app.command()
 def quantize(
     model: Model,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="name or .yaml file; see dq recipes")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="name or .yaml file; see dq recipes")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
     prompts: Prompts = None,
     images: Annotated[int | None, typer.Option(help="calibration images")] = None,
@@ -84,7 +92,12 @@ def quantize(
     if as_json:
         count = pipe.footprint()
         _print_json(
-            {"output": str(output), "recipe": wanted.to_dict(), "seconds": seconds, **count.to_dict()}
+            {
+                "output": str(output),
+                "recipe": wanted.to_dict(),
+                "seconds": seconds,
+                **count.to_dict(),
+            }
         )
     else:
         print(f"{pipe.summary()}\nwritten to {output} in {seconds:.0f} s")
@@ -94,7 +107,9 @@ def quantize(
 def generate(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="image, or folder for several")],
-    prompt: Annotated[list[str] | None, typer.Option(help="prompt or class name; may repeat")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="prompt or class name; may repeat")
+    ] = None,
     prompts: Prompts = None,
     steps: Steps = 25,
     guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
@@ -133,7 +148,9 @@ def generate(
     if as_json:
         _print_json({"files": [str(f) for f in files], "seconds": seconds})
     else:
-        print(f"{len(files)} images in {seconds:.1f} s: {files[0]}{' ...' if len(files) > 1 else ''}")
+        print(
+            f"{len(files)} images in {seconds:.1f} s: {files[0]}{' ...' if len(files) > 1 else ''}"
+        )
 
 
 @app.command()
@@ -163,9 +180,13 @@ def recipes(as_json: AsJson = False) -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")] = Path("dq-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")] = Path(
+        "dq-demo"
+    ),
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="what to show")] = "w4a8",
-    model: Annotated[str, typer.Option(help="emoji-unet, emoji-dit, or any pipeline")] = "emoji-unet",
+    model: Annotated[
+        str, typer.Option(help="emoji-unet, emoji-dit, or any pipeline")
+    ] = "emoji-unet",
     steps: Steps = 25,
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",

@@ -63,8 +63,9 @@ class Demo:
     def rows(self) -> list[dict[str, object]]:
         """Return the table that is printed and put on the page."""
         faster = self.float_milliseconds / self.milliseconds
+        sizes = (self.float_bytes / 1e6, self.bytes_on_disk / 1e6)
         table = {
-            "size of the denoiser": f"{self.float_bytes / 1e6:.2f} MB -> {self.bytes_on_disk / 1e6:.2f} MB on disk",
+            "size of the denoiser": "{:.2f} MB -> {:.2f} MB on disk".format(*sizes),
             "bits a weight": f"{self.average_weight_bits:.2f}, scales and zero points included",
             "computes as": ", ".join(f"{n} layers {p}" for p, n in self.compute_paths.items()),
             "time an image": f"{self.float_milliseconds:.0f} ms -> {self.milliseconds:.0f} ms"
@@ -105,18 +106,20 @@ def run(
         before, float_time = _timed(pipe, prompts, steps, seed)
         float_bytes = pipe.footprint().stored_bytes
         start = time.perf_counter()
-        pipe.quantize(wanted, work_dir=folder / "work")
+        pipe.quantize(wanted)
         quantize_seconds = time.perf_counter() - start
         pipe.save_pretrained(folder / "model")
         plain = DiffusionPipeline.from_pretrained(folder / "model", dtype=dtype).to(device)
         after, quantized_time = _timed(plain, prompts, steps, seed)
         seen = inspect_folder(folder / "model", dtype)
         result = Demo(
-            model=model, recipe=wanted.name, float_bytes=float_bytes, bytes_on_disk=seen.bytes_on_disk,
+            model=model, recipe=wanted.name,
+            float_bytes=float_bytes, bytes_on_disk=seen.bytes_on_disk,
             average_weight_bits=seen.footprint.average_weight_bits,
             compute_paths={path: n for path, (n, _) in pipe.footprint().paths().items()},
             float_milliseconds=float_time, milliseconds=quantized_time,
-            psnr=paired_psnr(after, before).mean, quantize_seconds=quantize_seconds, output=str(output),
+            psnr=paired_psnr(after, before).mean,
+            quantize_seconds=quantize_seconds, output=str(output),
         )  # fmt: skip
         _write(folder, result, seen, {"full precision": before, wanted.name: after}, prompts)
     return result
@@ -152,4 +155,7 @@ def _write(
 
 def _row(entry: dict[str, Any]) -> dict[str, object]:
     bits = 8 * entry["bytes"] / entry["weights"]
-    return {**{k: entry[k] for k in ("name", "weight", "input", "compute_path")}, "bits": f"{bits:.2f}"}
+    return {
+        **{k: entry[k] for k in ("name", "weight", "input", "compute_path")},
+        "bits": f"{bits:.2f}",
+    }

@@ -12,7 +12,7 @@ from dq.calibrate import Calibration, InputRanges, Source
 from dq.errors import DQError
 from dq.family import family_of
 from dq.method import Job
-from dq.nn import QuantLayer, install, pack_model, packed_layers, uninstall
+from dq.nn import Quantizer, QuantLayer, install, pack_model, packed_layers, uninstall
 from dq.plan import Plan
 from dq.recipe import Recipe
 from dq.work import Work, fingerprint
@@ -81,8 +81,8 @@ def _job(model: nn.Module, recipe: Recipe, source: Source | None, work: Path | N
         )
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise DQError(
-            f"this {type(model).__name__} carries LoRA adapters, which would be packed as layers of "
-            "its own; call unload_lora_weights() first (after fuse_lora() to keep their effect)"
+            f"this {type(model).__name__} carries LoRA adapters, which would be packed as its own "
+            "layers; call unload_lora_weights() first (after fuse_lora() to keep their effect)"
         )
     folder = None if work is None else work / fingerprint(model, recipe.to_dict())
     plan = Plan(type(model).__name__, {})
@@ -96,4 +96,5 @@ def _set_ranges(model: nn.Module, ranges: InputRanges) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLayer)  # ranges are asked for planned layers only
         for index, quantizer in enumerate(layer.input_quantizers):
+            assert isinstance(quantizer, Quantizer)  # the list holds nothing else
             quantizer.set_range(low[index], high[index])

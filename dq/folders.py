@@ -28,8 +28,8 @@ def check_free(target: Path, overwrite: bool) -> None:
 def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` when all went well.
 
-    A folder that was there before is removed only after the new one stands in its place; a killed run
-    leaves it as it was.
+    A folder that was there before is removed only after the new one stands in its place; a killed
+    run leaves it as it was.
 
     Args:
         target: The folder to make.
@@ -48,8 +48,8 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     except Exception as error:
         if _is_full(error):
             raise DQError(
-                f"no space left on the disk of {target.parent}: free some, or choose another place; "
-                "nothing was changed"
+                f"no space left on the disk of {target.parent}: free some, or choose another "
+                "place; nothing was changed"
             ) from error
         raise
     finally:

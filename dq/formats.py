@@ -72,7 +72,7 @@ class Format(ABC):
 
 @dataclass(frozen=True)
 class IntFormat(Format):
-    """Consecutive integers: `[-2**(bits-1), 2**(bits-1) - 1]`, or `[0, 2**bits - 1]` if unsigned."""
+    """Consecutive integers: `[-2**(bits-1), 2**(bits-1) - 1]`, unsigned `[0, 2**bits - 1]`."""
 
     signed: bool = True
 

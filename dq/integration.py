@@ -43,7 +43,7 @@ class _Method(str, Enum):  # noqa: UP042 - the loader compares with plain string
     DQ = "dq"
 
 
-class DQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class DQConfig(QuantizationConfigMixin):
     """What stands in a denoiser's `config.json` under `quantization_config`.
 
     Args:
@@ -120,7 +120,7 @@ def _plan(plan: Plan | Mapping[str, Any] | None, version: int | None) -> Plan | 
             ) from error
 
 
-class DQQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class DQQuantizer(DiffusersQuantizer):
     """Builds packed layers while diffusers loads a denoiser: no float copy of it ever exists."""
 
     use_keep_in_fp32_modules = True
@@ -348,25 +348,25 @@ def _place(layer: nn.Module, leaf: str, value: Tensor) -> None:
     setattr(layer, leaf, nn.Parameter(value, False) if leaf == "weight" else value)
 
 
-def _record(model: nn.Module, quantizer: DQQuantizer, config: DQConfig) -> None:
+def _record(model: Any, quantizer: DQQuantizer, config: DQConfig) -> None:
     quantizer.quantization_config = config
-    model.register_to_config(quantization_config=config)  # type: ignore[operator]
+    model.register_to_config(quantization_config=config)
 
 
-def attach(model: nn.Module, plan: Plan) -> None:
+def attach(model: Any, plan: Plan) -> None:
     """Tell diffusers that a live model was quantized: `save_pretrained` then writes it as such."""
     config = DQConfig(plan=plan, digest=checksum.of_model(model, plan))
     quantizer = DQQuantizer(config, pre_quantized=True)
     quantizer._prepared = True
     _record(model, quantizer, config)
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
     # As the loader does; it leaves the file config.json out of this.
-    model.register_to_config(_pre_quantization_dtype=model.dtype)  # type: ignore[operator]
+    model.register_to_config(_pre_quantization_dtype=model.dtype)
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """Remove every trace of quantization from a model's config; the loader itself forgets it."""
-    kept = {k: v for k, v in model.config.items() if k != "quantization_config"}  # type: ignore[union-attr,operator]
-    model._internal_dict = FrozenDict(kept)  # type: ignore[assignment]
+    kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
+    model._internal_dict = FrozenDict(kept)

@@ -45,7 +45,7 @@ class Method:
         """Measure what `decide` will ask for; results are kept in `job.calibration.work`."""
 
     def decide(self, job: Job) -> Plan:
-        """Return the plan that `job.plan` becomes. Sees the model on the meta device if data-free."""
+        """Return the plan that `job.plan` becomes. The model may lie on the meta device."""
         return job.plan
 
     def tune(self, job: Job) -> None:

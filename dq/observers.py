@@ -16,7 +16,7 @@ from dq.registry import Registry
 from dq.scales import scales_of_range
 from dq.spec import TensorSpec
 
-__all__ = ["AbsMax", "MSE", "Observer", "Percentile", "observers"]
+__all__ = ["MSE", "AbsMax", "Observer", "Percentile", "observers"]
 
 
 class Observer(Protocol):

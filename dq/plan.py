@@ -54,7 +54,9 @@ class LayerSpec:
         wanted = "token" if self.input.dynamic else "tensor"
         if self.input.granularity.kind != wanted:
             kind = "dynamic" if self.input.dynamic else "static"
-            raise DQError(f"a {kind} input has granularity {wanted!r}, not {self.input.granularity}")
+            raise DQError(
+                f"a {kind} input has granularity {wanted!r}, not {self.input.granularity}"
+            )
         if self.input.dynamic and not (self.input.symmetric and self.input.grid.low < 0):
             raise DQError("a dynamic input is symmetric and signed")
         if self.input.dynamic and self.input_splits:
@@ -95,7 +97,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers of a denoiser are quantized, and how; layers that are not named stay as they are.
+    """Which layers of a denoiser are quantized, and how; others stay as they are.
 
     Args:
         model: Class name of the denoiser that it was made for.

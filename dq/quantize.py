@@ -136,7 +136,7 @@ def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     with torch.no_grad():
         rounded = spec.grid.round(inside)
     if inside.requires_grad:
-        rounded = _StraightThrough.apply(inside, rounded)
+        rounded = _StraightThrough.apply(inside, rounded)  # type: ignore[no-untyped-call]
     if scales.zero is not None:
         rounded = rounded - scales.zero.unsqueeze(-1)
     return (rounded * step).view(x.shape)

@@ -1,7 +1,7 @@
 """Put dq into diffusers' mappings, at once or as soon as diffusers loads them.
 
-Importing `diffusers.quantizers.auto` takes a third of a second, which `import dq` must not cost those
-who only import it; a finder on `sys.meta_path` therefore waits for that import.
+Importing `diffusers.quantizers.auto` takes a third of a second, which `import dq` must not cost
+those who only import it; a finder on `sys.meta_path` therefore waits for that import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Make `quant_method: dq` known to diffusers, and to the check that it borrows from transformers."""
+    """Make `quant_method: dq` known to diffusers, and to transformers, whose table it consults."""
     for name, action in _ACTIONS.items():
         if name in sys.modules:
             action(sys.modules[name])

@@ -19,7 +19,7 @@ class Scales(NamedTuple):
     Attributes:
         scale: `(r, g)` float32, positive; `(r, 1)` when there are multipliers.
         zero: `(r, g)` float32 whole levels, or None for symmetric specs.
-        multiplier: `(r, g)` float32 whole numbers from 1 up, or None unless the scales have two levels.
+        multiplier: `(r, g)` float32 whole numbers from 1 up; None for scales of one level.
     """
 
     scale: Tensor

@@ -79,7 +79,7 @@ class TensorSpec:
     Args:
         format: Name of the grid of levels.
         granularity: Which elements share a scale.
-        symmetric: Zero is the level 0 (no zero point is stored). Otherwise x = scale * (level - zero).
+        symmetric: Zero is the level 0, nothing is stored for it; else x = scale * (level - zero).
         dynamic: Scales are computed from each input at run time instead of once in calibration.
         observer: How ranges are chosen: absmax, percentile or mse.
         scale_format: "float32", or an unsigned integer format for two-level scales: one float32 a

@@ -2,11 +2,12 @@
 
 Local names, without the prefix of the layer:
 
-| name           | shape and dtype        | holds                                                      |
-|----------------|------------------------|------------------------------------------------------------|
-| `weight`       | (N, bytes) uint8       | by row, each packed: K codes, then G multipliers minus one |
-|                |                        | (two-level scales), then G codes of zero (asymmetric)      |
-| `weight_scale` | (N,) or (N, G) float32 | one a row, or one a group                                  |
+| name           | shape and dtype        | holds                                             |
+|----------------|------------------------|---------------------------------------------------|
+| `weight`       | (N, bytes) uint8       | by row, each packed: K codes, then G multipliers  |
+|                |                        | minus one (two-level scales), then G codes of     |
+|                |                        | zero (asymmetric formats)                         |
+| `weight_scale` | (N,) or (N, G) float32 | one a row, or one a group                         |
 
 Short codes share one tensor because every tensor costs about 130 bytes of file header.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ class Work:
         path = self._path(stage)
         temporary = path.with_suffix(".tmp")
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
 
     def _path(self, stage: str) -> Path:
         assert self.folder is not None  # both callers have asked

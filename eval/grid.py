@@ -12,7 +12,9 @@ _MARGIN = 6
 _WIDEST_LABEL = 40
 
 
-def grid(rows: Mapping[str, Sequence[Image.Image]], labels: Sequence[str], cell: int = 128) -> Image.Image:
+def grid(
+    rows: Mapping[str, Sequence[Image.Image]], labels: Sequence[str], cell: int = 128
+) -> Image.Image:
     """Lay out rows of images under each other, one column a prompt.
 
     Args:
@@ -45,7 +47,9 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
     return image.convert("RGB").resize((cell, cell), method)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+def _wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
+) -> list[str]:
     """Break a label into at most three lines of `width` pixels."""
     lines = [""]
     for word in text[: 3 * _WIDEST_LABEL].split():

@@ -14,10 +14,12 @@ from PIL import Image
 __all__ = ["Page"]
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c }
+body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
-th, td { border-bottom: 1px solid #ddd; padding: .25rem .9rem .25rem 0; text-align: left; vertical-align: top }
+th, td { border-bottom: 1px solid #ddd; padding: .25rem .9rem .25rem 0 }
+th, td { text-align: left; vertical-align: top }
 img { max-width: 100%; border: 1px solid #eee }
 """
 

@@ -1,4 +1,4 @@
-"""Diffusion transformers with adaptive norms: DiT (classes) and PixArt (text by cross-attention)."""
+"""Diffusion transformers with adaptive norms: DiT (classes) and PixArt (text, cross-attention)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ __all__ = ["PipelineSource", "default_prompts", "draw"]
 
 
 def default_prompts(pipe: Any) -> tuple[str, ...]:
-    """Return the prompts that suit a pipeline: its class names, its own list, or the built-in one."""
+    """Return the prompts that suit a pipeline: its classes, its own list, or the built-in one."""
     if _takes(pipe, "class_labels"):
         names = list(_classes(pipe))
         return tuple(names[:: max(1, len(names) // 64)][:64])
@@ -81,7 +81,7 @@ def _condition(pipe: Any, prompts: list[str], output_type: str) -> dict[str, Any
     if _takes(pipe, "prompt"):
         arguments: dict[str, Any] = {"prompt": prompts, "output_type": output_type}
         if _takes(pipe, "use_resolution_binning"):
-            # The default size needs no binning, and PixArt's raises for sizes that were never published.
+            # The default size needs no binning, and PixArt's raises for sizes never published.
             arguments["use_resolution_binning"] = False
         return arguments
     if not _takes(pipe, "class_labels"):

@@ -48,7 +48,7 @@ class Footprint:
         planned_bytes: The same, from what the plan's bits say alone.
         resident_bytes: Bytes in memory now, with the copies that kernels have made.
         float_bytes: Bytes without quantization in the same compute dtype.
-        average_weight_bits: Bits of codes, scales and zero points by weight, over the packed layers.
+        average_weight_bits: Bits of codes, scales and zero points a weight, over packed layers.
         layers: One report a packed layer.
     """
 
@@ -79,7 +79,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def planned_bytes(model: nn.Module) -> tuple[int, int]:
-    """Return (bytes of all packed weights and input scales, bytes of everything) as the plan says."""
+    """Return (bytes of packed weights and input scales, bytes of everything) as the plan says."""
     layers = packed_layers(model)
     packed = sum(layer.spec.bytes(*matrix_shape(layer)) for layer in layers.values())
     inside = {f"{name}.{leaf}" for name in layers for leaf in TENSORS}
@@ -100,9 +100,13 @@ def footprint(model: nn.Module) -> Footprint:
         spec = layer.spec
         reports.append(
             LayerReport(
-                name, str(spec.weight), str(spec.input or "float"), layer.path(), rows * columns,
+                name,
+                str(spec.weight),
+                str(spec.input or "float"),
+                layer.path(),
+                rows * columns,
                 spec.bytes(rows, columns),
-            )  # fmt: skip
+            )
         )
     packed, total = planned_bytes(model)
     state = model.state_dict()

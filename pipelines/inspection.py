@@ -64,11 +64,14 @@ class Inspection:
         count = self.footprint
         lines = [
             f"{self.model}: {count.model}, {count.parameters / 1e6:.2f} M parameters",
-            f"on disk  {self.bytes_on_disk / 1e6:.3f} MB; the plan says {count.planned_bytes / 1e6:.3f} MB",
+            f"on disk  {self.bytes_on_disk / 1e6:.3f} MB; "
+            f"the plan says {count.planned_bytes / 1e6:.3f} MB",
         ]
         if not count.layers:
             return "\n".join([*lines, "not quantized"])
-        lines.append(f"bits     {count.average_weight_bits:.2f} a weight, scales and zero points included")
+        lines.append(
+            f"bits     {count.average_weight_bits:.2f} a weight, scales and zero points included"
+        )
         lines += ["", *_table(count)]
         lines += [f"note     {name}: {note}" for name, note in self.notes.items()]
         return "\n".join(lines)
@@ -102,6 +105,7 @@ def inspect_folder(model: str | os.PathLike[str], dtype: torch.dtype) -> Inspect
     name, denoiser = load_denoiser(str(path), None, dtype=dtype)
     files = [f for pattern in _WEIGHT_FILES for f in (path / name).glob(pattern)]
     quantizer = getattr(denoiser, "hf_quantizer", None)
-    notes = dict(quantizer.plan.notes) if isinstance(quantizer, DQQuantizer) else {}
+    plan = quantizer.plan if isinstance(quantizer, DQQuantizer) else None
+    notes = {} if plan is None else dict(plan.notes)
     size = sum(f.stat().st_size for f in files)
     return Inspection(os.fspath(model), size, footprint(denoiser), notes)

@@ -44,7 +44,7 @@ def _blocks(model: Any) -> tuple[str, ...]:
 def _splits(model: Any) -> dict[str, tuple[int, ...]]:
     """Return (attention, feed-forward) of the outputs of Flux's single blocks, a concatenation."""
     single = getattr(model, "single_transformer_blocks", ())
-    splits = {}
+    splits: dict[str, tuple[int, ...]] = {}
     for i, block in enumerate(single):
         width = block.proj_out.in_features - block.proj_mlp.out_features
         splits[f"single_transformer_blocks.{i}.proj_out"] = (width, block.proj_mlp.out_features)

@@ -45,8 +45,8 @@ def resolve(model: str | os.PathLike[str]) -> str:
 class DQPipeline:
     """Mixed into a checkpoint's own pipeline class by `from_pretrained`.
 
-    The object that comes back is both a `DQPipeline` and, say, a `StableDiffusionPipeline`; it calls,
-    moves, compiles and saves as that does.
+    The object that comes back is both a `DQPipeline` and, say, a `StableDiffusionPipeline`; it
+    calls, moves, compiles and saves as that does.
     """
 
     _recipe: Recipe | None = None
@@ -68,7 +68,7 @@ class DQPipeline:
         Others calibrate on the loaded pipeline.
 
         Args:
-            model: Folder or hub name of a diffusers pipeline, or a checkpoint of dq such as "emoji-unet".
+            model: Folder or hub name of a diffusers pipeline, or a checkpoint of dq, "emoji-unet".
             recipe: Name ("w4a8"), file, dictionary or object; None loads as it is.
             component: Name of the denoiser, if the pipeline has several.
             work_dir: Folder for finished stages; an interrupted calibration continues there.
@@ -168,8 +168,10 @@ class DQPipeline:
         """Say in a few lines what the denoiser weighs and what it really computes."""
         count = self.footprint()
         lines = [
-            f"{count.model}: {count.parameters / 1e6:.1f} M parameters, {len(count.layers)} layers packed",
-            f"  size     {count.stored_bytes / 1e6:.2f} MB, float {count.float_bytes / 1e6:.2f} MB; "
+            f"{count.model}: {count.parameters / 1e6:.1f} M parameters, "
+            f"{len(count.layers)} layers packed",
+            f"  size     {count.stored_bytes / 1e6:.2f} MB, "
+            f"float {count.float_bytes / 1e6:.2f} MB; "
             f"in memory now {count.resident_bytes / 1e6:.2f} MB",
             f"  bits     {count.average_weight_bits:.2f} a weight, scales included",
         ]
@@ -227,7 +229,9 @@ def _denoiser_name(classes: Mapping[str, str], asked: str | None) -> str:
         if asked not in classes:
             raise unknown("component of this pipeline", asked, classes)
         if asked not in found:
-            raise DQError(f"component {asked!r} is a {classes[asked]}; quantizable: {', '.join(found)}")
+            raise DQError(
+                f"component {asked!r} is a {classes[asked]}; quantizable: {', '.join(found)}"
+            )
         return asked
     if not found:
         raise DQError(

@@ -1,6 +1,6 @@
 """Prompts that calibration uses where neither the user nor the model brings any.
 
-Short captions of many kinds, written for this project: objects, animals, people, places, light, style.
+Short captions of many kinds, written for this project: objects, animals, people, places, light.
 """
 
 __all__ = ["PROMPTS"]

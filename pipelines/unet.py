@@ -37,21 +37,21 @@ def _roles(model: nn.Module) -> dict[str, Role]:
     return assign_roles(model, _ROLES)
 
 
-def _blocks(model: nn.Module) -> tuple[str, ...]:
+def _blocks(model: Any) -> tuple[str, ...]:
     """Return down blocks, mid block and up blocks."""
-    names = [f"down_blocks.{i}" for i in range(len(list(model.get_submodule("down_blocks"))))]
-    names += ["mid_block"] if getattr(model, "mid_block", None) is not None else []
-    names += [f"up_blocks.{i}" for i in range(len(list(model.get_submodule("up_blocks"))))]
+    names = [f"down_blocks.{i}" for i in range(len(model.down_blocks))]
+    names += ["mid_block"] if model.mid_block is not None else []
+    names += [f"up_blocks.{i}" for i in range(len(model.up_blocks))]
     return tuple(names)
 
 
 def _splits(model: Any) -> dict[str, tuple[int, ...]]:
-    """Return (hidden, skip) of each shortcut in the up blocks; only they see the raw concatenation."""
+    """Return (hidden, skip) of each shortcut in the up blocks; only they see the concatenation."""
     if model.mid_block is not None:
         hidden = model.mid_block.resnets[-1].out_channels
     else:
         hidden = model.config.block_out_channels[-1]
-    splits = {}
+    splits: dict[str, tuple[int, ...]] = {}
     for i, block in enumerate(model.up_blocks):
         for j, resnet in enumerate(block.resnets):
             name = f"up_blocks.{i}.resnets.{j}.conv_shortcut"

@@ -1,4 +1,4 @@
-"""Reference bodies of the integer kernels: slow, exact, on every device. They define the numerics."""
+"""Reference bodies of the integer kernels: slow, exact, everywhere. They define the numerics."""
 
 from __future__ import annotations
 

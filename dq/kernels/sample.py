@@ -31,7 +31,14 @@ def _arguments(rows: int, columns: int, segments: list[int], device: torch.devic
         input_bits=8,
         segments=segments,
     )
-    return Arguments(*(v.to(device) if isinstance(v, Tensor) else v for v in a))
+    assert a.bias is not None  # set just above
+    assert a.input_affine is not None
+    return a._replace(
+        weight=a.weight.to(device),
+        scale=a.scale.to(device),
+        bias=a.bias.to(device),
+        input_affine=a.input_affine.to(device),
+    )
 
 
 def linear_sample(device: torch.device) -> tuple[Tensor, Arguments]:
@@ -41,7 +48,7 @@ def linear_sample(device: torch.device) -> tuple[Tensor, Arguments]:
 
 
 def conv_sample(device: torch.device) -> tuple[Tensor, Arguments, ConvArguments]:
-    """Return an input `(2, 12, 7, 5)` and a strided 3x3 convolution to 10 channels, two segments."""
+    """Return an input `(2, 12, 7, 5)` and a strided 3x3 convolution, two segments."""
     x = torch.randn(2, 12, 7, 5, generator=torch.Generator().manual_seed(1))
     geometry = ConvArguments([3, 3], [2, 1], [1, 1], [1, 1], 1)
     return x.to(device), _arguments(10, 12 * 9, [5, 7], device), geometry

@@ -56,8 +56,8 @@ class PTQ(Method):
         weight_bits: 2 to 8.
         input_bits: 2 to 8, or 16 to leave inputs in floating point.
         group: Weights that share a scale, for widths up to 4; 0 for one scale an output channel.
-        inputs: "static" (calibrated, one asymmetric scale a tensor), "dynamic" (by token or image, at
-            run time), or "auto": what the model's family prefers.
+        inputs: "static" (calibrated, one asymmetric scale a tensor), "dynamic" (by token or image,
+            at run time), or "auto": what the model's family prefers.
         wide_roles: Roles whose weights have 8 bits whatever `weight_bits` says.
         skip_roles: Roles that stay in floating point.
         smallest: Layers of fewer weights stay in floating point.

@@ -38,9 +38,8 @@ def constructor(layer: Layer) -> dict[str, Any]:
     """Return the arguments that build a layer of the same shape, without memory for its weight."""
     bias = layer.bias is not None
     arguments: dict[str, Any] = {"bias": bias, "device": torch.device("meta")}
-    if isinstance(layer, nn.Linear):
-        names = ("in_features", "out_features")
-    else:
+    names: tuple[str, ...] = ("in_features", "out_features")
+    if isinstance(layer, nn.Conv2d):
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
                  "groups", "padding_mode")  # fmt: skip
     return arguments | {name: getattr(layer, name) for name in names}

@@ -1,12 +1,14 @@
 """Packed layers: codes and scales as plain tensors, run by the best kernel that the device has.
 
-They are subclasses of the torch layers, so that PEFT, offloading and safetensors take them for what
-they are, and hold no tensor subclasses. Scales never change their dtype, whatever the model is cast to.
+They are subclasses of the torch layers, so that PEFT, offloading and safetensors take them for
+what they are, and hold no tensor subclasses. Scales never change their dtype, whatever the model is
+cast to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from dq.nn.layers import Layer, constructor, matrix_shape
 from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantLayer, fake_input, segments
 from dq.plan import LayerSpec
+from dq.quantize import fake_quantize
 from dq.scales import Scales
+from dq.spec import TensorSpec
 from dq.storage import pack_weight, stored_shapes, unpack_weight
 
 __all__ = ["COMPANIONS", "TENSORS", "PackedConv2d", "PackedLayer", "PackedLinear", "packed"]
@@ -36,14 +40,14 @@ class PackedLayer(nn.Module):
         spec: How the layer is quantized.
         weight: `(N, bytes)` uint8, packed codes; see `dq.storage`.
         weight_scale: `(N,)` or `(N, G)` float32.
-        input_affine: `(S, 2)` float32, scale and code of zero of each segment of a static input; None
-            if it is dynamic or float.
+        input_affine: `(S, 2)` float32, scale and code of zero of each segment of a static input;
+            None if it is dynamic or float.
         compute_dtype: Dtype that the layer expects its input in; models ask for it.
     """
 
     spec: LayerSpec
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any  # Linear and Conv2d of torch type it differently
     weight_scale: Tensor
     input_affine: Tensor | None
     compute_dtype: torch.dtype
@@ -89,7 +93,9 @@ class PackedLayer(nn.Module):
             self._load_input(simulated)
         matrix = layer.weight.detach().flatten(1)
         for name, value in pack_weight(matrix, quantizer.scales, self.spec.weight).items():
-            setattr(self, name, nn.Parameter(value, requires_grad=False) if name == "weight" else value)
+            setattr(
+                self, name, nn.Parameter(value, requires_grad=False) if name == "weight" else value
+            )
         self.bias = layer.bias
         self.train(layer.training)
         self.path(matrix.device.type)
@@ -103,7 +109,9 @@ class PackedLayer(nn.Module):
         for quantizer in layer.input_quantizers:
             assert isinstance(quantizer, Quantizer)  # the list holds nothing else
             scale, zero, _ = quantizer.scales
-            rows.append(torch.cat([scale, (torch.zeros_like(scale) if zero is None else zero) - low], 1))
+            rows.append(
+                torch.cat([scale, (torch.zeros_like(scale) if zero is None else zero) - low], 1)
+            )
         self.input_affine = torch.cat(rows)
 
     def float_weight(self) -> Tensor:
@@ -174,12 +182,13 @@ class PackedLayer(nn.Module):
         low = self.spec.input
         if low is None:
             return x
-        quantizers = nn.ModuleList(Quantizer(low) for _ in self.sizes)
+        steps: list[Callable[[Tensor], Tensor]] = [Quantizer(low)]
         if self.input_affine is not None:
-            for quantizer, row in zip(quantizers, self.input_affine, strict=True):
-                quantizer.scale = row[:1].view(1, 1)
-                quantizer.zero = None if low.symmetric else row[1:].view(1, 1) + low.grid.low
-        return fake_input(x, quantizers, self.sizes, self.axis)
+            steps = [
+                partial(fake_quantize, scales=_scales(row, low), spec=low)
+                for row in self.input_affine
+            ]
+        return fake_input(x, steps, self.sizes, self.axis)
 
     def stored_bytes(self) -> int:
         """Return the bytes of codes, scales, zero points and bias."""
@@ -192,14 +201,15 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         kept = {n: getattr(self, n) for n in TENSORS if getattr(self, n) is not None}
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
             if after.dtype == before.dtype:
                 continue
             if name == "weight":
                 raise DQError(
-                    f"packed codes cannot be cast to {after.dtype}; call dequantize() on the model first"
+                    f"packed codes cannot be cast to {after.dtype}; "
+                    "call dequantize() on the model first"
                 )
             setattr(self, name, before.to(after.device))
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device)).dtype
@@ -210,6 +220,12 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return shape and spec for `repr`."""
         return f"{super().extra_repr()}, {self.spec}"
+
+
+def _scales(row: Tensor, spec: TensorSpec) -> Scales:
+    """Read the scale and the code of zero of one input segment."""
+    zero = None if spec.symmetric else row[1:].view(1, 1) + spec.grid.low
+    return Scales(row[:1].view(1, 1), zero)
 
 
 def _compute_dtype(layer: Layer) -> torch.dtype:
@@ -225,7 +241,9 @@ class PackedLinear(PackedLayer, nn.Linear):
     kind = "linear"
     axis = -1
 
-    def __init__(self, layer: nn.Linear, spec: LayerSpec, device: torch.device | None = None) -> None:
+    def __init__(
+        self, layer: nn.Linear, spec: LayerSpec, device: torch.device | None = None
+    ) -> None:
         nn.Linear.__init__(self, **constructor(layer))
         self._prepare(layer, spec, device)
 
@@ -249,7 +267,9 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
     kind = "conv2d"
     axis = 1
 
-    def __init__(self, layer: nn.Conv2d, spec: LayerSpec, device: torch.device | None = None) -> None:
+    def __init__(
+        self, layer: nn.Conv2d, spec: LayerSpec, device: torch.device | None = None
+    ) -> None:
         nn.Conv2d.__init__(self, **constructor(layer))
         self._prepare(layer, spec, device)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +28,9 @@ def segments(layer: Layer, spec: LayerSpec) -> tuple[int, ...]:
     return spec.input_splits or (channels,)
 
 
-def fake_input(x: Tensor, quantizers: nn.ModuleList, sizes: tuple[int, ...], axis: int) -> Tensor:
+def fake_input(
+    x: Tensor, quantizers: Iterable[Callable[[Tensor], Tensor]], sizes: tuple[int, ...], axis: int
+) -> Tensor:
     """Fake-quantize an input along its channel axis, one quantizer a segment; keeps its dtype."""
     done = []
     for quantizer, part in zip(quantizers, x.split(sizes, dim=axis), strict=True):
@@ -44,8 +49,8 @@ class QuantLayer:
     """
 
     spec: LayerSpec
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any  # Linear and Conv2d of torch type it differently
     weight_quantizer: Quantizer
     input_quantizers: nn.ModuleList
     axis: int  # of the channels

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dq.errors import DQError, inside, unknown
 from dq.family import quantizable
@@ -15,7 +16,15 @@ from dq.nn.simulated import QuantLayer, simulate
 from dq.plan import LayerSpec, Plan
 from dq.progress import track
 
-__all__ = ["empty_packed", "install", "pack_model", "packed_layers", "replace", "uninstall", "unpack_model"]
+__all__ = [
+    "empty_packed",
+    "install",
+    "pack_model",
+    "packed_layers",
+    "replace",
+    "uninstall",
+    "unpack_model",
+]
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -25,7 +34,7 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[tuple[str, Layer, LayerSpec]]:
-    """Return each layer of the plan; a plan for another model is an error before anything changes."""
+    """Return each layer of the plan; a plan for another model is an error before any change."""
     if type(model).__name__ != plan.model:
         raise DQError(
             f"the plan was made for {plan.model}, not for {type(model).__name__}; "
@@ -58,10 +67,10 @@ def uninstall(model: nn.Module) -> None:
             replace(model, name, _plain(layer, layer.weight))
 
 
-def _plain(layer: Layer, weight: nn.Parameter) -> Layer:
-    build: Callable[..., Layer] = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-    made = build(**constructor(layer))
-    made.weight = weight
+def _plain(layer: Layer, weight: Tensor) -> Layer:
+    build: Callable[..., Any] = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    made: Layer = build(**constructor(layer))
+    made.weight = cast(nn.Parameter, weight)
     made.bias = layer.bias
     return made.train(layer.training)
 
@@ -81,7 +90,7 @@ def pack_model(model: nn.Module) -> None:
 
 
 def empty_packed(model: nn.Module, plan: Plan) -> None:
-    """Replace every layer that the plan names by a packed one without values, on the meta device."""
+    """Replace every layer that the plan names by a packed one on the meta device."""
     for name, layer, spec in _planned(model, plan):
         with inside(describe(name, layer)):
             replace(model, name, packed(layer, spec, torch.device("meta")))
