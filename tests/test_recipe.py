@@ -1,0 +1,105 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dq.calibrate import CalibrationSpec
+from dq.errors import DQError
+from dq.method import methods
+from dq.recipe import Recipe, templates
+
+STEPS = {"steps": [{"method": "ptq"}]}
+
+
+@pytest.mark.parametrize("name", [name for name in templates.names() if name != "wXaY"])
+def test_every_name_that_is_listed_is_a_recipe(name: str) -> None:
+    recipe = Recipe.get(name)
+    assert recipe.name == name
+    assert recipe.steps
+    assert templates[name].help
+
+
+@pytest.mark.parametrize("name", [name for name in templates.names() if name != "wXaY"])
+def test_recipes_survive_json_and_yaml(name: str, tmp_path: Path) -> None:
+    recipe = Recipe.get(name)
+    text = json.dumps(recipe.to_dict())
+    assert Recipe.from_dict(json.loads(text)) == recipe
+    recipe.save(tmp_path / "recipe.json")
+    assert Recipe.get(tmp_path / "recipe.json") == recipe
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(text)))
+    assert Recipe.get(str(tmp_path / "recipe.yaml")) == recipe
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_is_frozen_and_works_by_default(name: str) -> None:
+    recipe = Recipe.from_dict({"steps": [{"method": name}]})
+    (step,) = recipe.steps
+    assert type(step) is methods[name]
+    assert step == methods[name]()
+    assert recipe.to_dict()["steps"][0]["method"] == name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        step.anything = 1  # type: ignore[attr-defined]
+
+
+def test_recipes_are_taken_as_they_are() -> None:
+    recipe = Recipe.get("w8a8")
+    assert Recipe.get(recipe) is recipe
+    assert Recipe.get(recipe.to_dict()) == recipe
+
+
+def test_calibration_is_read() -> None:
+    values = {**STEPS, "name": "mine", "calibration": {"prompts": ["a cat"], "n": 3, "seed": 7}}
+    recipe = Recipe.get(values)
+    assert recipe.name == "mine"
+    assert recipe.calibration == CalibrationSpec(prompts=("a cat",), n=3, seed=7)
+    assert Recipe.from_dict(STEPS).calibration == CalibrationSpec()
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ("w8a8-dynamc", "unknown recipe 'w8a8-dynamc'. Did you mean 'w8a8'"),
+        ("w9a8", r"unknown recipe 'w9a8'. Did you mean 'w\da8'"),
+        ("W8A8", "unknown recipe 'W8A8'"),
+        ("wXaY", "unknown recipe 'wXaY'"),
+        ("", "unknown recipe ''"),
+        ("missing.yaml", "recipe file missing.yaml does not exist"),
+        ({}, "the recipe has no steps; add one such as"),
+        ({**STEPS, "step": []}, "unknown key of the recipe 'step'. Did you mean 'steps'?"),
+        ({"steps": [{"method": "pqt"}]}, r"steps\[0\]: unknown method 'pqt'. Did you mean 'ptq'"),
+        ({"steps": [{"weight_bits": 8}]}, r"steps\[0\]: unknown method ''"),
+        (
+            {"steps": [{"method": "ptq"}, {"method": "ptq", "weight_bit": 4}]},
+            r"steps\[1\]: unknown key of the PTQ 'weight_bit'. Did you mean 'weight_bits'?",
+        ),
+        ({"steps": [{"method": "ptq", "weight_bits": 9}]}, r"steps\[0\]: weight_bits is 2 to 8"),
+        (
+            {**STEPS, "calibration": {"promts": ["x"]}},
+            "calibration: unknown key of the CalibrationSpec 'promts'. Did you mean 'prompts'?",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_their_place(asked: str | dict, text: str) -> None:
+    with pytest.raises(DQError, match=text):
+        Recipe.get(asked)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("steps: [", "recipe.yaml: not valid YAML or JSON"),
+        ("- ptq", "recipe.yaml: a recipe is a mapping with the keys name, steps"),
+        ("", "recipe.yaml: a recipe is a mapping"),
+        (
+            "steps: [{method: ptq, weight_bit: 4}]",
+            r"recipe.yaml: steps\[0\]: unknown key of the PTQ",
+        ),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(content: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(DQError, match=text):
+        Recipe.get(path)

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from dq.quantize import choose_scales, fake_quantize
+from dq.spec import TensorSpec
+from dq.storage import pack_weight, stored_shapes, unpack_weight
+from tests.specs import WEIGHTS
+
+SHAPES = [(5, 24), (1, 8), (7, 72), (16, 64)]
+each = pytest.mark.parametrize("spec", WEIGHTS, ids=str)
+
+
+@each
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_stored_is_what_was_simulated(spec: TensorSpec, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape)
+    scales = choose_scales(weight, spec)
+    state = pack_weight(weight, scales, spec)
+    restored = unpack_weight(state, spec, shape[1])
+    assert restored.dtype == torch.float32
+    assert torch.equal(restored, fake_quantize(weight, scales, spec))
+
+
+@each
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_stored_tensors_have_the_promised_shapes(
+    spec: TensorSpec, shape: tuple[int, int], device: str
+) -> None:
+    weight = torch.randn(shape).to(device)
+    state = pack_weight(weight, choose_scales(weight, spec), spec)
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    assert found == stored_shapes(spec, *shape)
+    assert {tensor.device.type for tensor in state.values()} == {device}
+
+
+@each
+def test_low_precision_weights_are_packed_like_their_float32_values(spec: TensorSpec) -> None:
+    weight = torch.randn(5, 24).bfloat16()
+    low = pack_weight(weight, choose_scales(weight, spec), spec)
+    full = pack_weight(weight.float(), choose_scales(weight.float(), spec), spec)
+    assert all(torch.equal(low[name], full[name]) for name in full)
+    assert low["weight_scale"].dtype == torch.float32
