@@ -39,13 +39,20 @@ def main() -> None:
     # Before the libraries are imported: their advice is for programmers.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except DQError as error:
         print(f"dq: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@app.callback()
+def _prepare() -> None:
+    """Keep the loaders' progress bars off logs and pipes; ours are there for what takes long."""
+    if not sys.stderr.isatty():
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 @app.command()

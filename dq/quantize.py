@@ -89,9 +89,12 @@ def _two_level(parts: Tensor, scale: Tensor, spec: TensorSpec) -> Scales:
 def quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     """Return the uint8 codes `(R, K)` of a floating point matrix."""
     levels = _blocks(x.float(), spec) / scales.step.unsqueeze(-1)
-    if scales.zero is not None:
-        levels = levels + scales.zero.unsqueeze(-1)
-    return spec.grid.encode(levels).view(x.shape)
+    return spec.grid.encode(_shifted(levels, scales)).view(x.shape)
+
+
+def _shifted(levels: Tensor, scales: Scales) -> Tensor:
+    """Add zero points to rounded levels, as kernels do; added before, odd ones would move ties."""
+    return levels if scales.zero is None else torch.round(levels) + scales.zero.unsqueeze(-1)
 
 
 def dequantize(codes: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
@@ -130,12 +133,12 @@ def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     """
     step = scales.step.unsqueeze(-1)
     levels = _blocks(x.float(), spec) / step
-    if scales.zero is not None:
-        levels = levels + scales.zero.unsqueeze(-1)
-    inside = levels.clamp(spec.grid.low, spec.grid.high)
     with torch.no_grad():
-        rounded = spec.grid.round(inside)
-    if inside.requires_grad:
+        rounded = spec.grid.round(_shifted(levels, scales))
+    if levels.requires_grad:
+        if scales.zero is not None:
+            levels = levels + scales.zero.unsqueeze(-1)
+        inside = levels.clamp(spec.grid.low, spec.grid.high)
         rounded = _StraightThrough.apply(inside, rounded)  # type: ignore[no-untyped-call]
     if scales.zero is not None:
         rounded = rounded - scales.zero.unsqueeze(-1)

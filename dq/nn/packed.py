@@ -86,6 +86,8 @@ class PackedLayer(nn.Module):
         """
         simulated = layer if isinstance(layer, QuantLayer) else None
         if simulated is None:
+            if self.input_affine is not None:
+                raise DQError("it has no scales yet: static inputs need a calibration first")
             quantizer = Quantizer(self.spec.weight)
             quantizer.fit(layer.weight.flatten(1))
         else:
@@ -190,6 +192,24 @@ class PackedLayer(nn.Module):
             ]
         return fake_input(x, steps, self.sizes, self.axis)
 
+    def run(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """Return what a kernel computes."""
+        raise AssertionError("each layer class has its own")
+
+    def simulate(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the same by a float product with the unpacked weight, differentiable."""
+        raise AssertionError("each layer class has its own")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in)` to `(..., out)`, or `(B, in, H, W)` to `(B, out, H', W')`."""
+        kernel = self.kernel(x.device.type)
+        if kernel is None:
+            return self.simulate(x, self.bias)
+        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if trained and torch.is_grad_enabled():
+            return _Differentiable.apply(x, self.bias, self, kernel)  # type: ignore[no-untyped-call]
+        return self.run(kernel, x)
+
     def stored_bytes(self) -> int:
         """Return the bytes of codes, scales, zero points and bias."""
         tensors = [getattr(self, name) for name in (*TENSORS, "bias")]
@@ -200,18 +220,18 @@ class PackedLayer(nn.Module):
         return self.stored_bytes() + resident_bytes(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = {n: getattr(self, n) for n in TENSORS if getattr(self, n) is not None}
+        # Asked beforehand: torch changes a parameter in place, and a refusal must leave it whole.
+        cast = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
+        if cast != self.weight.dtype:
+            raise DQError(
+                f"packed codes cannot be cast to {cast}; call dequantize() on the model first"
+            )
+        kept = {n: getattr(self, n) for n in COMPANIONS if getattr(self, n) is not None}
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = getattr(self, name)
-            if after.dtype == before.dtype:
-                continue
-            if name == "weight":
-                raise DQError(
-                    f"packed codes cannot be cast to {after.dtype}; "
-                    "call dequantize() on the model first"
-                )
-            setattr(self, name, before.to(after.device))
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device)).dtype
         if probe in (torch.float32, torch.bfloat16, torch.float16):
             self.compute_dtype = probe
@@ -235,6 +255,32 @@ def _compute_dtype(layer: Layer) -> torch.dtype:
     return torch.float32
 
 
+class _Differentiable(torch.autograd.Function):
+    """The output of a kernel with the gradient of the simulated form, computed again for it.
+
+    Adapters train on top of packed layers; integer products have no gradient of their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLayer, kernel: Kernel
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, bias)
+        return layer.run(kernel, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        x, bias = (None if t is None else t.detach() for t in ctx.saved_tensors)
+        pairs = ((x, need[0]), (bias, need[1]))
+        wanted = [t.requires_grad_() for t, asked in pairs if asked and t is not None]
+        with torch.enable_grad():
+            y = ctx.layer.simulate(x, bias)
+        found = iter(torch.autograd.grad(y, wanted, gradients[0]))
+        return tuple(next(found) if asked else None for asked in need)
+
+
 class PackedLinear(PackedLayer, nn.Linear):
     """A packed linear layer."""
 
@@ -252,13 +298,14 @@ class PackedLinear(PackedLayer, nn.Linear):
         """See `PackedLayer`."""
         return self.out_features, self.in_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(..., in)` to `(..., out)`."""
-        kernel = self.kernel(x.device.type)
-        if kernel is not None:
-            return kernel.run(x, self.arguments())
+    def run(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """See `PackedLayer`."""
+        return kernel.run(x, self.arguments())
+
+    def simulate(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `PackedLayer`."""
         weight = self.float_weight().to(x.dtype)
-        return nn.functional.linear(self._simulated_input(x), weight, self.bias)
+        return nn.functional.linear(self._simulated_input(x), weight, bias)
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):
@@ -287,13 +334,14 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
             list(self.kernel_size), list(self.stride), padding, list(self.dilation), self.groups
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(B, in, H, W)` to `(B, out, H', W')`."""
-        kernel = self.kernel(x.device.type)
-        if kernel is not None:
-            return kernel.run(x, self.arguments(), self._geometry())
+    def run(self, kernel: Kernel, x: Tensor) -> Tensor:
+        """See `PackedLayer`."""
+        return kernel.run(x, self.arguments(), self._geometry())
+
+    def simulate(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `PackedLayer`."""
         weight = self.float_weight().to(x.dtype)
-        return self._conv_forward(self._simulated_input(x), weight, self.bias)
+        return self._conv_forward(self._simulated_input(x), weight, bias)
 
 
 def packed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, cast
 
 import torch
@@ -48,21 +48,25 @@ def _planned(model: nn.Module, plan: Plan) -> list[tuple[str, Layer, LayerSpec]]
 
 
 def install(model: nn.Module, plan: Plan) -> None:
-    """Replace every float layer that the plan names by its simulated form, in place."""
+    """Replace every float layer that the plan names by its simulated form, in place.
+
+    Simulated layers that the plan does not name, left by an earlier step, become float again.
+    """
     done = []
     for name, layer, spec in track(_planned(model, plan), "choosing scales"):
         if isinstance(layer, QuantLayer) and layer.spec == spec:
             continue  # an earlier step of the recipe has installed, perhaps tuned it
         with inside(describe(name, layer)):
             done.append((name, simulate(layer, spec)))
+    uninstall(model, keep=plan.layers)
     for name, layer in done:
         replace(model, name, layer)
 
 
-def uninstall(model: nn.Module) -> None:
-    """Replace every simulated layer by the float one that it was made from."""
+def uninstall(model: nn.Module, keep: Container[str] = ()) -> None:
+    """Replace every simulated layer, but those to keep, by the float one that it was made from."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantLayer):
+        if isinstance(layer, QuantLayer) and name not in keep:
             assert isinstance(layer, (nn.Linear, nn.Conv2d))  # QuantLayer is mixed into these only
             replace(model, name, _plain(layer, layer.weight))
 
