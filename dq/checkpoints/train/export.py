@@ -86,6 +86,7 @@ def export(work: Work, target: Path) -> None:
         facts = "\n".join(f"- {_fact(work, part, scores)}" for part in parts)
         text = _README.format(name=name, what=_WHAT[name], facts=facts)
         (target / name / "README.md").write_text(text)
+        _tidy(target / name)
 
 
 def _save(work: Work, part: str, folder: Path) -> None:
@@ -108,6 +109,15 @@ def _save_clip(work: Work, folder: Path) -> None:
     work.clip.float()
     clip.save_tokenizer(work.tokenizer, folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(_preprocessor(), indent=1))
+
+
+def _tidy(folder: Path) -> None:
+    """Let everyone read the files, and let transformers load float32, as diffusers does."""
+    for file in folder.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+        if file.name == "config.json":
+            text = file.read_text()
+            file.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def _fresh(folder: Path) -> Path:

@@ -25,6 +25,7 @@ def scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # what the pipeline insists on; it plays no part in trailing timesteps
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         rescale_betas_zero_snr=True,
