@@ -144,7 +144,10 @@ def test_generate_one_and_several(packed: Path, tmp_path: Path) -> None:
         (("quantize", "{model}", "-r", "w4a9", "-o", "{out}"), "Did you mean 'w4a8'"),
         (("quantize", "{model}", "-r", "w4a8-g37", "-o", "{out}"), "fits no layer"),
         (("quantize", "{model}", "-r", "w4a8", "-o", "{out}", "--component", "une"), "'unet'"),
-        (("quantize", "{model}", "-r", "w4a8", "-o", "{out}", "--dtype", "float8"), "unknown dtype"),
+        (
+            ("quantize", "{model}", "-r", "w4a8", "-o", "{out}", "--dtype", "float8"),
+            "unknown dtype",
+        ),
         (("quantize", "{model}", "-r", "missing.yaml", "-o", "{out}"), "does not exist"),
         (("quantize", "{packed}", "-r", "w4a8", "-o", "{out}"), "quantized already"),
         (("generate", "{model}", "-o", "{out}"), "nothing to draw"),
