@@ -50,9 +50,11 @@ def main() -> None:
 def _prepare() -> None:
     """Keep the loaders' progress bars off logs and pipes; ours are there for what takes long."""
     if not sys.stderr.isatty():
-        from diffusers.utils import logging
+        import diffusers.utils.logging
+        import transformers.utils.logging
 
-        logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
 
 
 @app.command()

@@ -11,6 +11,7 @@ each file `maybe_update_state_dict` and for each tensor `check_if_quantized_para
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -33,6 +34,7 @@ from dq.recipe import Recipe
 
 __all__ = ["DQConfig", "DQQuantizer", "attach", "detach"]
 
+_ALIGNMENT = 64  # of torch's own allocations, bytes
 _KEYS = ("recipe", "plan", "digest", "version")
 _OTHER_CHECKPOINT = (
     "config.json and weights are of different checkpoints: copy or download both again"
@@ -306,6 +308,7 @@ class DQQuantizer(DiffusersQuantizer):
                 )
         for layer in packed_layers(model).values():
             layer.compute_dtype = self.compute_dtype
+        _align(model)
         self._stash, self._found, self._forms, self._names = {}, {}, {}, []
         digest = digest or checksum.of_model(model, self.plan)
         _record(model, self, DQConfig(plan=self.plan, digest=digest))
@@ -348,6 +351,18 @@ def _place(layer: nn.Module, leaf: str, value: Tensor) -> None:
     setattr(layer, leaf, nn.Parameter(value, False) if leaf == "weight" else value)
 
 
+def _align(model: nn.Module) -> None:
+    """Move float tensors that lie at odd addresses to memory of their own.
+
+    safetensors maps tensors at whatever offset a file's header leaves, and there MKL adds products
+    up in another order: a reloaded model would differ from the saved one in the last bits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        odd = tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT
+        if odd and tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
+
+
 def _record(model: Any, quantizer: DQQuantizer, config: DQConfig) -> None:
     quantizer.quantization_config = config
     model.register_to_config(quantization_config=config)
@@ -355,6 +370,7 @@ def _record(model: Any, quantizer: DQQuantizer, config: DQConfig) -> None:
 
 def attach(model: Any, plan: Plan) -> None:
     """Tell diffusers that a live model was quantized: `save_pretrained` then writes it as such."""
+    _align(model)
     config = DQConfig(plan=plan, digest=checksum.of_model(model, plan))
     quantizer = DQQuantizer(config, pre_quantized=True)
     quantizer._prepared = True
@@ -370,3 +386,31 @@ def detach(model: Any) -> None:
     """Remove every trace of quantization from a model's config; the loader itself forgets it."""
     kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
     model._internal_dict = FrozenDict(kept)
+
+
+def enter() -> None:
+    """Write the quantizer and its config into the mappings of the libraries that are loaded.
+
+    Raises:
+        DQError: If another package has taken the name.
+    """
+    for host, entries in _MAPPINGS.items():
+        for mapping, entry in entries.items():
+            if host in sys.modules:
+                table = getattr(sys.modules[host], mapping)
+                known = table.setdefault("dq", entry)
+                if known.__module__ != __name__:
+                    raise DQError(
+                        f"quantization method 'dq' is taken by {known}; uninstall that package"
+                    )
+
+
+_MAPPINGS: dict[str, dict[str, type]] = {
+    "diffusers.quantizers.auto": {
+        "AUTO_QUANTIZER_MAPPING": DQQuantizer,
+        "AUTO_QUANTIZATION_CONFIG_MAPPING": DQConfig,
+    },
+    # PipelineQuantizationConfig(quant_backend="dq") looks its config class up here too.
+    "transformers.quantizers.auto": {"AUTO_QUANTIZATION_CONFIG_MAPPING": DQConfig},
+}
+enter()

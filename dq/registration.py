@@ -6,60 +6,41 @@ those who only import it; a finder on `sys.meta_path` therefore waits for that i
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from dq.errors import DQError
-
 __all__ = ["register"]
+
+
+_HOSTS = ("diffusers.quantizers.auto", "transformers.quantizers.auto")
 
 
 def register() -> None:
     """Make `quant_method: dq` known to diffusers, and to transformers, whose table it consults."""
-    for name, action in _ACTIONS.items():
+    for name in _HOSTS:
         if name in sys.modules:
-            action(sys.modules[name])
+            _enter()
         elif not any(isinstance(f, _WhenImported) and f.name == name for f in sys.meta_path):
-            sys.meta_path.insert(0, _WhenImported(name, action))
+            sys.meta_path.insert(0, _WhenImported(name))
 
 
-def _into_diffusers(module: ModuleType) -> None:
-    from dq.integration import DQConfig, DQQuantizer
-
-    _put(module.AUTO_QUANTIZER_MAPPING, DQQuantizer)
-    _put(module.AUTO_QUANTIZATION_CONFIG_MAPPING, DQConfig)
-
-
-def _into_transformers(module: ModuleType) -> None:
-    from dq.integration import DQConfig
-
-    # PipelineQuantizationConfig(quant_backend="dq") looks its config class up here too.
-    _put(module.AUTO_QUANTIZATION_CONFIG_MAPPING, DQConfig)
-
-
-def _put(mapping: dict[str, type], entry: type) -> None:
-    known = mapping.get("dq", entry)
-    if (known.__module__, known.__qualname__) != (entry.__module__, entry.__qualname__):
-        raise DQError(f"quantization method 'dq' is taken by {known}; uninstall the other package")
-    mapping["dq"] = entry
-
-
-_ACTIONS: dict[str, Callable[[ModuleType], None]] = {
-    "diffusers.quantizers.auto": _into_diffusers,
-    "transformers.quantizers.auto": _into_transformers,
-}
+def _enter() -> None:
+    """Import the integration, which enters itself; again if it was there before the host was."""
+    module = importlib.import_module("dq.integration")
+    if hasattr(module, "enter"):  # else it is being imported just now, and will enter at its end
+        module.enter()
 
 
 class _WhenImported(MetaPathFinder):
-    """Run `action` on the module `name` once it has been imported, then step aside."""
+    """Enter dq once the module `name` has been imported, then step aside."""
 
-    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.action = action
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -69,20 +50,19 @@ class _WhenImported(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self.action)
+            spec.loader = _ThenEnter(spec.loader)
         return spec
 
 
-class _Then(Loader):
+class _ThenEnter(Loader):
     """A loader that does one thing more."""
 
-    def __init__(self, loader: Loader, action: Callable[[ModuleType], None]) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader = loader
-        self.action = action
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        self.action(module)
+        _enter()

@@ -18,7 +18,7 @@ def test_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 
 def test_existing_folder_is_refused_without_overwrite(tmp_path: Path) -> None:
-    with pytest.raises(DQError, match="exists already.*--overwrite"):
+    with pytest.raises(DQError, match=r"exists already.*--overwrite"):
         check_free(tmp_path, overwrite=False)
     with pytest.raises(DQError, match="exists already"), new_folder(tmp_path):
         raise AssertionError("the block must not run")
@@ -52,7 +52,7 @@ def test_full_disk_is_an_error_with_a_remedy(tmp_path: Path) -> None:
         (disk / "out").mkdir()
         (disk / "out" / "old").write_text("old")
         with (
-            pytest.raises(DQError, match="no space left .* nothing was changed"),
+            pytest.raises(DQError, match=r"no space left .* nothing was changed"),
             new_folder(disk / "out", overwrite=True) as folder,
         ):
             (folder / "new").write_bytes(bytes(1 << 20))
