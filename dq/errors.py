@@ -27,7 +27,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> DQError:
     Returns:
         The error, to be raised by the caller; it names the nearest valid name and then all of them.
     """
-    names = sorted(known)
+    names = sorted(map(str, known))  # members of an enumeration show their value
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return DQError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
