@@ -45,7 +45,9 @@ class Work:
         if self.folder is None or not (path := self._path(stage)).exists():
             return None
         try:
-            return load_file(path)
+            # In memory of their own: mapped files lie at odd addresses, where products of some CPU
+            # libraries add up in another order, and a resumed run must give the same bits.
+            return {name: tensor.clone() for name, tensor in load_file(path).items()}
         except Exception as error:
             raise DQError(f"{path} is damaged ({error}); delete it and run again") from error
 
