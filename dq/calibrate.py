@@ -145,6 +145,7 @@ class Calibration:
     source: Source | None
     spec: CalibrationSpec
     work: Work = field(default_factory=lambda: Work(None))
+    _passes: int = field(default=0, init=False)  # over all calls; steps of a recipe must not mix
 
     def batches(self) -> Iterator[list[Call]]:
         """Yield the calls of each batch of images, capturing what was not captured before.
@@ -198,10 +199,11 @@ class Calibration:
         }
         if not wanted:
             return {}
-        stored = self.work.load("ranges")
+        stage, self._passes = f"ranges-{self._passes}", self._passes + 1
+        stored = self.work.load(stage)
         if stored is None or set(stored) != {f"{n}.{s}" for n in wanted for s in ("low", "high")}:
             stored = self._observe(wanted)
-            self.work.save("ranges", stored)
+            self.work.save(stage, stored)
         return {name: (stored[f"{name}.low"], stored[f"{name}.high"]) for name in wanted}
 
     def _observe(self, wanted: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
@@ -210,8 +212,9 @@ class Calibration:
             name: _SegmentObserver(describe(name, layers[name]), layers[name], spec)
             for name, spec in wanted.items()
         }
-        with tap_inputs(layers, lambda name, x: watchers[name].update(x)):
-            for calls in self.batches():
+        for calls in self.batches():
+            # During the replay only: a batch that is being drawn would count twice, a stored one once.
+            with tap_inputs(layers, lambda name, x: watchers[name].update(x)):
                 for _ in self.replay(calls):
                     pass
         result = {}
