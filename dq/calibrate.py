@@ -213,7 +213,7 @@ class Calibration:
             for name, spec in wanted.items()
         }
         for calls in self.batches():
-            # During the replay only: a batch that is being drawn would count twice, a stored one once.
+            # During the replay only: a batch being drawn would count twice, a stored one once.
             with tap_inputs(layers, lambda name, x: watchers[name].update(x)):
                 for _ in self.replay(calls):
                     pass
