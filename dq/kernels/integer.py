@@ -39,14 +39,15 @@ class InputPart(NamedTuple):
 
 def integer_weight(a: Arguments) -> Tensor:
     """Return the whole-number weights `(N, K)` int8 that codes and multipliers stand for."""
+    packed = a.weight.flatten(1)
     length = packed_length(a.columns, a.weight_bits)
-    codes = unpack(a.weight[:, :length], a.weight_bits, a.columns)
+    codes = unpack(packed[:, :length], a.weight_bits, a.columns)
     if a.weight_bits == 8:
         return (codes ^ 128).view(torch.int8)
     levels = codes.view(torch.int8) - (1 << (a.weight_bits - 1))
     if a.groups == 0:
         return levels
-    multiplier = unpack(a.weight[:, length:], a.multiplier_bits, a.groups).view(torch.int8) + 1
+    multiplier = unpack(packed[:, length:], a.multiplier_bits, a.groups).view(torch.int8) + 1
     # -8 * 16 = -128 is the one product that touches the end of int8.
     return (levels.view(len(levels), a.groups, -1) * multiplier.unsqueeze(-1)).flatten(1)
 

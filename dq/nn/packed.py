@@ -38,7 +38,8 @@ class PackedLayer(nn.Module):
 
     Attributes:
         spec: How the layer is quantized.
-        weight: `(N, bytes)` uint8, packed codes; see `dq.storage`.
+        weight: `(N, bytes)` uint8, packed codes; see `dq.storage`. Those of convolutions are
+            `(N, bytes, 1, 1)`.
         weight_scale: `(N,)` or `(N, G)` float32.
         input_affine: `(S, 2)` float32, scale and code of zero of each segment of a static input;
             None if it is dynamic or float.
@@ -61,9 +62,11 @@ class PackedLayer(nn.Module):
         self.sizes = segments(layer, spec)
         self.compute_dtype = _compute_dtype(layer)
         shapes = stored_shapes(spec.weight, self.rows, self.columns)
+        # PEFT tells a convolution from a linear by the number of dimensions of its weight.
+        trailing = [1] * (self.weight.dim() - 2)
         del self.weight
         shape, dtype = shapes.pop("weight")
-        empty = torch.empty(shape, dtype=dtype, device=device)
+        empty = torch.empty(*shape, *trailing, dtype=dtype, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
         if spec.input is not None and not spec.input.dynamic:
             shapes["input_affine"] = ((len(self.sizes), 2), torch.float32)
@@ -94,10 +97,9 @@ class PackedLayer(nn.Module):
             quantizer = simulated.weight_quantizer
             self._load_input(simulated)
         matrix = layer.weight.detach().flatten(1)
-        for name, value in pack_weight(matrix, quantizer.scales, self.spec.weight).items():
-            setattr(
-                self, name, nn.Parameter(value, requires_grad=False) if name == "weight" else value
-            )
+        state = pack_weight(matrix, quantizer.scales, self.spec.weight)
+        self.weight = nn.Parameter(state["weight"].view(self.weight.shape), requires_grad=False)
+        self.weight_scale = state["weight_scale"]
         self.bias = layer.bias
         self.train(layer.training)
         self.path(matrix.device.type)
@@ -118,7 +120,7 @@ class PackedLayer(nn.Module):
 
     def float_weight(self) -> Tensor:
         """Return the weight that the codes stand for, float32, in the layer's own shape."""
-        state = {"weight": self.weight, "weight_scale": self.weight_scale}
+        state = {"weight": self.weight.flatten(1), "weight_scale": self.weight_scale}
         return unpack_weight(state, self.spec.weight, self.columns).view(self.float_shape)
 
     @property
@@ -313,6 +315,12 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     kind = "conv2d"
     axis = 1
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a plain convolution from channel numbers: PEFT builds those of a LoRA like this."""
+        if args and isinstance(args[0], int):
+            return nn.Conv2d(*args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self, layer: nn.Conv2d, spec: LayerSpec, device: torch.device | None = None
