@@ -62,7 +62,7 @@ def _splits(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
-    config, like = model.config, model.conv_in.bias  # packed weights do not tell the dtype
+    config, like = model.config, model  # codes do not tell the dtype, nor do weights cast by layer
     size = config.sample_size if isinstance(config.sample_size, int) else 64
 
     def normal(*shape: int) -> torch.Tensor:
