@@ -1,0 +1,144 @@
+import re
+
+import pytest
+
+from dq.engine import decide, quantize
+from dq.errors import DQError
+from dq.family import Role, family_of, quantizable
+from dq.methods.ptq import PTQ, weight_spec
+from dq.nn import matrix_shape
+from dq.recipe import Recipe
+from dq.spec import Granularity
+from tests.models import MODELS
+
+NETWORKS = {name: case.network(case.build()) for name, case in MODELS.items()}
+WIDE = (Role.IO, Role.TIME)
+each = pytest.mark.parametrize("name", MODELS)
+
+
+def plan_of(name: str, **settings):
+    return decide(NETWORKS[name], Recipe("test", (PTQ(**settings),)))
+
+
+@each
+@pytest.mark.parametrize("weight", range(2, 9))
+def test_every_width_decides_a_plan_on_every_family(name: str, weight: int) -> None:
+    model = NETWORKS[name]
+    family, layers = family_of(model), quantizable(model)
+    roles, splits = family.roles(model), family.splits(model)
+    for low in (*range(2, 9), 16):
+        plan = decide(model, Recipe.get(f"w{weight}a{low}"))
+        assert plan.model == type(model).__name__
+        assert set(plan.layers) | set(plan.notes) >= set(layers)
+        for layer, spec in plan.layers.items():
+            shape = matrix_shape(layers[layer])
+            wide = roles[layer] in WIDE or layer in plan.notes
+            assert spec.weight.format == f"int{8 if wide else weight}"
+            assert spec.bytes(*shape) < 4 * shape[0] * shape[1]
+            assert (spec.input is None) == (low == 16)
+            if spec.input is not None:
+                assert spec.input.format == f"int{low}"
+                assert spec.input.dynamic is family.dynamic_inputs
+                wanted = () if family.dynamic_inputs else splits.get(layer, ())
+                assert spec.input_splits == wanted
+
+
+@each
+@pytest.mark.parametrize("inputs", ["static", "dynamic"])
+def test_the_recipe_may_say_when_ranges_are_found(name: str, inputs: str) -> None:
+    plan = decide(NETWORKS[name], Recipe.get(f"w8a8-{inputs}"))
+    assert plan.is_static() is (inputs == "static")
+    splits = family_of(NETWORKS[name]).splits(NETWORKS[name])
+    for layer, spec in plan.layers.items():
+        assert spec.input.symmetric is (inputs == "dynamic")
+        assert spec.input_splits == (splits.get(layer, ()) if inputs == "static" else ())
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_widths_up_to_four_have_groups(bits: int) -> None:
+    spec = next(
+        spec.weight
+        for spec in plan_of("sd32", weight_bits=bits).layers.values()
+        if spec.weight.format == f"int{bits}" and (bits == 8 or spec.weight.format != "int8")
+    )
+    if bits <= 4:
+        assert spec == weight_spec(bits, 32)
+        assert spec.scale_format == f"uint{8 - bits}"
+    else:
+        assert spec.granularity == Granularity("channel")
+        assert spec.scale_format == "float32"
+
+
+@pytest.mark.parametrize(("recipe", "group"), [("w4a8", 32), ("w4a8-g64", 64), ("w4a8-g0", 0)])
+def test_names_set_the_group(recipe: str, group: int) -> None:
+    plan = decide(NETWORKS["sd64"], Recipe.get(recipe))
+    narrow = {spec.weight for spec in plan.layers.values()} - {weight_spec(8, 0)}
+    assert narrow == {weight_spec(4, group)}
+
+
+def test_layers_that_the_group_does_not_fit_have_eight_bits_and_a_note() -> None:
+    plan = plan_of("sd32", weight_bits=4, group=64)
+    misfits = [name for name, note in plan.notes.items() if "does not divide" in note]
+    assert misfits
+    for name in misfits:
+        assert plan.layers[name].weight == weight_spec(8, 0)
+        assert matrix_shape(quantizable(NETWORKS["sd32"])[name])[1] % 64
+        text = r"\(\w+ \d+->\d+\) has 8-bit weights: group size 64 does not divide \d+ input feat"
+        assert re.match(text, plan.notes[name])
+    fits = [spec for name, spec in plan.layers.items() if name not in misfits]
+    assert any(spec.weight == weight_spec(4, 64) for spec in fits)
+
+
+def test_a_group_that_fits_nothing_is_an_error_that_names_divisors() -> None:
+    text = r"group 97 fits no layer of the model; .*group size 97 does not divide .*near it: \d+"
+    with pytest.raises(DQError, match=text):
+        plan_of("sd32", weight_bits=4, group=97)
+
+
+@each
+@pytest.mark.parametrize("role", list(Role))
+def test_roles_are_skipped_or_kept_wide(name: str, role: Role) -> None:
+    model = NETWORKS[name]
+    roles = family_of(model).roles(model)
+    skipped = plan_of(name, weight_bits=4, skip_roles=(role,))
+    wide = plan_of(name, weight_bits=4, wide_roles=(role,))
+    for layer, its_role in roles.items():
+        if its_role == role:
+            assert layer not in skipped.layers
+            assert f"role {role} is skipped" in skipped.notes[layer]
+            if layer in wide.layers:
+                assert wide.layers[layer].weight == weight_spec(8, 0)
+
+
+def test_small_layers_stay_float_with_a_note() -> None:
+    model = NETWORKS["sd32"]
+    plan = plan_of("sd32", smallest=5000)
+    for name, layer in quantizable(model).items():
+        rows, columns = matrix_shape(layer)
+        assert (name in plan.layers) is (rows * columns >= 5000)
+        if name not in plan.layers:
+            assert f"stays float: {rows * columns} weights are too few" in plan.notes[name]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"weight_bits": 1}, "weight_bits is 2 to 8, not 1"),
+        ({"weight_bits": 9}, "weight_bits is 2 to 8, not 9"),
+        ({"input_bits": 1}, "input_bits is 2 to 8, or 16 for floating point, not 1"),
+        ({"input_bits": 15}, "input_bits is 2 to 8, or 16 for floating point, not 15"),
+        ({"inputs": "statc"}, "unknown value of inputs 'statc'. Did you mean 'static'"),
+        ({"skip_roles": ("skipp",)}, "unknown role 'skipp'. Did you mean 'skip'"),
+        ({"wide_roles": ("tim",)}, "unknown role 'tim'. Did you mean 'time'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict, text: str) -> None:
+    with pytest.raises(DQError, match=text):
+        PTQ(**settings)
+
+
+def test_an_unknown_observer_is_named() -> None:
+    case = MODELS["dit64"]
+    recipe = Recipe("test", (PTQ(weight_observer="msee"),))
+    with pytest.raises(DQError, match=r"unknown observer 'msee'\. Did you mean 'mse'"):
+        quantize(case.network(case.build()), recipe)
