@@ -43,8 +43,8 @@ class Arguments(NamedTuple):
     """The stored tensors of a layer whose weight and input are both in a low-bit format.
 
     Attributes:
-        weight: `(N, bytes)` uint8, of convolutions `(N, bytes, 1, 1)`; a row holds K packed codes, then
-            G packed multipliers minus one.
+        weight: `(N, bytes)` uint8, of convolutions `(N, bytes, 1, 1)`; a row holds K packed codes,
+            then G packed multipliers minus one.
         scale: `(N,)` float32.
         bias: `(N,)` floating point or None.
         input_affine: `(S, 2)` float32, scale and code of zero of each segment of input channels;
