@@ -29,6 +29,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text
 Seed = Annotated[int, typer.Option(help="seed of the first image; image i has seed + i")]
 Dtype = Annotated[str, typer.Option(help=f"of everything that is not packed: {', '.join(_DTYPES)}")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Guidance = Annotated[float | None, typer.Option(help="guidance scale; default: the pipeline's")]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt or class name a line")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
@@ -121,7 +122,7 @@ def generate(
     ] = None,
     prompts: Prompts = None,
     steps: Steps = 25,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale")] = None,
+    guidance: Guidance = None,
     batch: Annotated[int, typer.Option(help="images drawn at a time")] = 8,
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
@@ -196,16 +197,19 @@ def demo(
     model: Annotated[
         str, typer.Option(help="emoji-unet, emoji-dit, or any pipeline")
     ] = "emoji-unet",
+    images: Annotated[int, typer.Option(help="images drawn on each side")] = 8,
     steps: Steps = 25,
+    guidance: Guidance = None,
     seed: Seed = 0,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Quantize, save, reload and draw with the checkpoint inside the package, offline."""
-    from dq.demo import run
+    from dq.demo import Settings, run
 
-    result = run(model, recipe, output, steps, seed, _dtype(dtype), device)
+    settings = Settings(images, steps, guidance, seed, _dtype(dtype), device)
+    result = run(model, recipe, output, settings)
     if as_json:
         _print_json(result.to_dict())
     else:

@@ -21,9 +21,9 @@ from dq.pipelines.inspection import Inspection, inspect_folder
 from dq.pipelines.pipeline import DQPipeline
 from dq.recipe import Recipe
 
-__all__ = ["Demo", "run"]
+__all__ = ["Demo", "Settings", "run"]
 
-_COUNT = 8  # images a row
+_SHOWN = 8  # images a row of the grid
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Demo:
         compute_paths: Number of layers by what really ran.
         float_milliseconds: Time of one image before, all steps, text encoder and decoder included.
         milliseconds: After.
+        images: How many were drawn on each side.
         psnr: Mean over the images, dB, against full precision with the same seeds.
+        worst_psnr: The smallest.
         quantize_seconds: Calibration and packing.
         output: Folder with grid.png, report.html and the quantized pipeline.
     """
@@ -52,7 +54,9 @@ class Demo:
     compute_paths: dict[str, int]
     float_milliseconds: float
     milliseconds: float
+    images: int
     psnr: float
+    worst_psnr: float
     quantize_seconds: float
     output: str
 
@@ -70,7 +74,8 @@ class Demo:
             "computes as": ", ".join(f"{n} layers {p}" for p, n in self.compute_paths.items()),
             "time an image": f"{self.float_milliseconds:.0f} ms -> {self.milliseconds:.0f} ms"
             f" ({faster:.2f} times as fast)",
-            "PSNR to full precision": f"{self.psnr:.1f} dB, mean of {_COUNT} images, same seeds",
+            "PSNR to full precision": f"{self.psnr:.1f} dB, mean of {self.images} images with the "
+            f"same seeds (worst {self.worst_psnr:.1f})",
             "time to quantize": f"{self.quantize_seconds:.0f} s",
         }
         return [{"what": what, "result": result} for what, result in table.items()]
@@ -82,60 +87,85 @@ class Demo:
         return "\n".join(lines)
 
 
-def run(
-    model: str, recipe: str, output: Path, steps: int, seed: int, dtype: torch.dtype, device: str
-) -> Demo:
+@dataclass(frozen=True)
+class Settings:
+    """What to draw, and how.
+
+    Args:
+        images: On each side.
+        steps: Denoising steps.
+        guidance: Guidance scale; None for the pipeline's own.
+        seed: Of the first image; image i has seed + i.
+        dtype: Of everything that is not packed.
+        device: Where to run.
+    """
+
+    images: int = 8
+    steps: int = 25
+    guidance: float | None = None
+    seed: int = 0
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+
+
+def run(model: str, recipe: str, output: Path, settings: Settings) -> Demo:
     """Run the demonstration and write its folder anew.
 
     Args:
         model: Checkpoint, by name or folder.
         recipe: Name or file.
         output: Folder to write; one that exists is replaced.
-        steps: Denoising steps.
-        seed: Of the first image.
-        dtype: Of everything that is not packed.
-        device: Where to run.
+        settings: What to draw, and how.
 
     Returns:
         The findings.
     """
     wanted = Recipe.get(recipe)
     with new_folder(output, overwrite=True) as folder:
-        pipe = DQPipeline.from_pretrained(model, dtype=dtype).to(device)
-        prompts = _spread(default_prompts(pipe))
-        before, float_time = _timed(pipe, prompts, steps, seed)
+        pipe = DQPipeline.from_pretrained(model, dtype=settings.dtype).to(settings.device)
+        prompts = _spread(default_prompts(pipe), settings.images)
+        before, float_time = _timed(pipe, prompts, settings)
         float_bytes = pipe.footprint().stored_bytes
         start = time.perf_counter()
         pipe.quantize(wanted)
         quantize_seconds = time.perf_counter() - start
         pipe.save_pretrained(folder / "model")
-        plain = DiffusionPipeline.from_pretrained(folder / "model", dtype=dtype).to(device)
-        after, quantized_time = _timed(plain, prompts, steps, seed)
-        seen = inspect_folder(folder / "model", dtype)
+        plain = DiffusionPipeline.from_pretrained(folder / "model", dtype=settings.dtype)
+        after, quantized_time = _timed(plain.to(settings.device), prompts, settings)
+        seen = inspect_folder(folder / "model", settings.dtype)
+        pairs = paired_psnr(after, before)
         result = Demo(
-            model=model, recipe=wanted.name,
-            float_bytes=float_bytes, bytes_on_disk=seen.bytes_on_disk,
+            model=model,
+            recipe=wanted.name,
+            float_bytes=float_bytes,
+            bytes_on_disk=seen.bytes_on_disk,
             average_weight_bits=seen.footprint.average_weight_bits,
             compute_paths={path: n for path, (n, _) in pipe.footprint().paths().items()},
-            float_milliseconds=float_time, milliseconds=quantized_time,
-            psnr=paired_psnr(after, before).mean,
-            quantize_seconds=quantize_seconds, output=str(output),
-        )  # fmt: skip
-        _write(folder, result, seen, {"full precision": before, wanted.name: after}, prompts)
+            float_milliseconds=float_time,
+            milliseconds=quantized_time,
+            images=len(prompts),
+            psnr=pairs.mean,
+            worst_psnr=pairs.worst,
+            quantize_seconds=quantize_seconds,
+            output=str(output),
+        )
+        rows = {"full precision": before[:_SHOWN], wanted.name: after[:_SHOWN]}
+        _write(folder, result, seen, rows, prompts[:_SHOWN])
     return result
 
 
-def _spread(prompts: tuple[str, ...]) -> list[str]:
-    """Take `_COUNT` prompts, evenly spread over the list."""
-    return list(prompts[:: max(1, len(prompts) // _COUNT)][:_COUNT])
+def _spread(prompts: tuple[str, ...], count: int) -> list[str]:
+    """Take `count` prompts, evenly spread over the list, or repeated if it is shorter."""
+    step = max(1, len(prompts) // count)
+    return [prompts[i * step % len(prompts)] for i in range(count)]
 
 
-def _timed(pipe: Any, prompts: list[str], steps: int, seed: int) -> tuple[list[Image], float]:
+def _timed(pipe: Any, prompts: list[str], settings: Settings) -> tuple[list[Image], float]:
     """Draw, after one step to warm up; return the images and milliseconds an image."""
-    seeds = range(seed, seed + len(prompts))
-    draw(pipe, prompts, seeds, steps=1)
+    seeds = range(settings.seed, settings.seed + len(prompts))
+    draw(pipe, prompts[:_SHOWN], seeds[:_SHOWN], steps=1)
     start = time.perf_counter()
-    images = draw(pipe, prompts, seeds, steps)
+    images = draw(pipe, prompts, seeds, settings.steps, settings.guidance)
     return images, 1000 * (time.perf_counter() - start) / len(prompts)
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 __all__ = ["DQError", "inside", "unknown"]
 
+_MOST_NAMES = 24
+
 
 class DQError(Exception):
     """Something a user can cause and can mend.
@@ -25,12 +27,15 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> DQError:
         known: All valid names.
 
     Returns:
-        The error, to be raised by the caller; it names the nearest valid name and then all of them.
+        The error, to be raised by the caller; it names the nearest valid name, then all of them or,
+        where they are many, some and their number.
     """
     names = sorted(map(str, known))  # members of an enumeration show their value
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    return DQError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+    shown = ", ".join(names[:_MOST_NAMES]) or "none"
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return DQError(f"unknown {kind} {name!r}.{hint} Known: {shown}{more}.")
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from types import UnionType
+from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -77,16 +78,20 @@ class Recipe:
             DQError: For an unknown key or value; says where.
         """
         _check_keys(values, ("name", "steps", "calibration"), "recipe")
-        steps = []
-        for index, entry in enumerate(values.get("steps", ())):
+        steps, entries = [], values.get("steps") or ()
+        if not isinstance(entries, (list, tuple)):
+            raise DQError(f"steps is a list of mappings such as {{method: ptq}}, not {entries!r}")
+        for index, entry in enumerate(entries):
             with inside(f"steps[{index}]"):
+                if not isinstance(entry, Mapping):
+                    raise DQError(f"a step is a mapping such as {{method: ptq}}, not {entry!r}")
                 rest = dict(entry)
                 method = methods[rest.pop("method", "")]
                 steps.append(_build(method, rest))
         if not steps:
             raise DQError("the recipe has no steps; add one such as {method: ptq, weight_bits: 4}")
         with inside("calibration"):
-            calibration = _build(CalibrationSpec, values.get("calibration", {}))
+            calibration = _build(CalibrationSpec, values.get("calibration") or {})
         return cls(str(values.get("name", "custom")), tuple(steps), calibration)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +134,26 @@ def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], what: str) ->
 
 def _build(cls: type[T], values: Mapping[str, Any]) -> T:
     """Make a dataclass from JSON values; lists become tuples."""
+    if not isinstance(values, Mapping):
+        raise DQError(f"settings are a mapping, not {values!r}")
     fields = tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
     _check_keys(values, fields, cls.__name__)
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    hints = get_type_hints(cls)
+    for key, value in settings.items():
+        if not _fits(value, hints[key]):
+            plain = isinstance(hints[key], type) and not get_args(hints[key])
+            wanted = hints[key].__name__ if plain else str(hints[key]).replace("tuple", "list")
+            raise DQError(f"{key} takes {wanted}, not {value!r}")
+    return cls(**settings)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value, lists as tuples, may stand for a field of that type."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(hint)[0]) for v in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
@@ -50,6 +52,9 @@ class DQPipeline:
     """
 
     _recipe: Recipe | None = None
+    _lost: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # of model_index.json: DiT's own save drops id2label
     dq_prompts: tuple[str, ...] = ()
 
     @classmethod
@@ -95,6 +100,8 @@ class DQPipeline:
             pipe = _adopt(DiffusionPipeline.from_pretrained(path, **{**kwargs, **loaded}))
         pipe._recipe = _stored_recipe(path) if wanted is None else wanted
         pipe.dq_prompts = _stored_prompts(path)
+        index = DiffusionPipeline.load_config(path, **{k: kwargs[k] for k in _HUB if k in kwargs})
+        pipe._lost = {k: v for k, v in index.items() if k not in pipe.config and k[0] != "_"}
         if wanted is not None and plan is None:
             pipe.quantize(wanted, component=component, work_dir=work_dir)
         return pipe
@@ -190,6 +197,9 @@ class DQPipeline:
         """
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)
+        if self._lost:
+            file = folder / "model_index.json"
+            file.write_text(json.dumps({**json.loads(file.read_text()), **self._lost}, indent=2))
         if self._recipe is not None and self.plan is not None:
             self._recipe.save(folder / RECIPE_FILE)
         if self.dq_prompts:
