@@ -54,6 +54,8 @@ def test_calibration_is_read() -> None:
     recipe = Recipe.get(values)
     assert recipe.name == "mine"
     assert recipe.calibration == CalibrationSpec(prompts=("a cat",), n=3, seed=7)
+    for nothing in ({}, None):
+        assert Recipe.from_dict({**STEPS, "calibration": nothing}).calibration == CalibrationSpec()
     assert Recipe.from_dict(STEPS).calibration == CalibrationSpec()
 
 
@@ -75,6 +77,25 @@ def test_calibration_is_read() -> None:
             r"steps\[1\]: unknown key of the PTQ 'weight_bit'. Did you mean 'weight_bits'?",
         ),
         ({"steps": [{"method": "ptq", "weight_bits": 9}]}, r"steps\[0\]: weight_bits is 2 to 8"),
+        ({"steps": ["ptq"]}, r"steps\[0\]: a step is a mapping such as {method: ptq}, not 'ptq'"),
+        ({"steps": {"method": "ptq"}}, "steps is a list of mappings such as {method: ptq}, not"),
+        (
+            {"steps": [{"method": "ptq", "weight_bits": "4"}]},
+            r"steps\[0\]: weight_bits takes int, not '4'",
+        ),
+        (
+            {"steps": [{"method": "ptq", "group": True}]},
+            r"steps\[0\]: group takes int, not True",
+        ),
+        (
+            {"steps": [{"method": "ptq", "skip_roles": "io"}]},
+            r"steps\[0\]: skip_roles takes list\[str, ...\], not 'io'",
+        ),
+        (
+            {**STEPS, "calibration": {"prompts": "a cat"}},
+            r"calibration: prompts takes list\[str, ...\] \| None, not 'a cat'",
+        ),
+        ({**STEPS, "calibration": [3]}, r"calibration: settings are a mapping, not \[3\]"),
         (
             {**STEPS, "calibration": {"promts": ["x"]}},
             "calibration: unknown key of the CalibrationSpec 'promts'. Did you mean 'prompts'?",
