@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dq.kernels import onednn, reference
-from tests.kernels.cases import CONVS, LINEARS, Case
+from tests.kernels.cases import CONVS, GEOMETRIES, LINEARS, Case
 
 LINEAR = Case((6, 24), 9, bits=4, group=8, inputs=(100,))
 SPLIT = Case((3, 5, 24), 9, inputs=(0, 200), segments=(16, 8))
@@ -83,7 +83,7 @@ def test_inputs_may_lie_anyhow_in_memory(layout: str) -> None:
     assert close(run(LINEAR, other, a))
 
 
-@pytest.mark.parametrize("case", [*LINEARS[::5], *CONVS[::5]], ids=str)
+@pytest.mark.parametrize("case", [*LINEARS[::8], *CONVS[: 4 * len(GEOMETRIES) : 2]], ids=str)
 def test_the_graph_sees_one_op_with_the_true_shape(case: Case) -> None:
     x, a = case.build()
     arguments = (x, *a) if case.geometry is None else (x, *a, *case.geometry)
