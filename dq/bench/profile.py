@@ -48,5 +48,7 @@ def products(found: Iterable[Operator]) -> str:
     return ", ".join(
         f"{operator.calls} {operator.name.partition('::')[2]}"
         for operator in found
-        if operator.milliseconds >= least and _PRODUCT.search(operator.name)
+        if operator.milliseconds >= least
+        and _PRODUCT.search(operator.name)
+        and not operator.name.startswith("dq::")  # ours only call those that multiply
     )
