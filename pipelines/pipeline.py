@@ -91,7 +91,8 @@ class DQPipeline:
         plan = None
         if wanted is not None:
             name, skeleton = _skeleton(path, component, kwargs)
-            plan = _data_free(skeleton, wanted)
+            # A denoiser that the caller has brought along is quantized in place, not loaded anew.
+            plan = _data_free(skeleton, wanted) if name not in kwargs else None
             if plan is not None:
                 asked = {**kwargs, "quantization_config": DQConfig(plan=plan)}
                 with _files_named(path):
