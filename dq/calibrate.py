@@ -49,6 +49,11 @@ class CalibrationSpec:
     batch: int = 8
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("n", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise DQError(f"calibration needs {name} of 1 or more, not {getattr(self, name)}")
+
 
 class Source(Protocol):
     """Something that makes the denoiser run: a pipeline with prompts or classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 
 import torch
@@ -46,12 +47,22 @@ def quantize(
         model: The denoiser, with float weights.
         recipe: What to do.
         source: Makes the denoiser run for calibration; may be None for data-free recipes.
-        work: Folder for finished stages; the same job started again continues there.
+        work: Folder for finished stages; the same job started again continues there. None uses a
+            temporary one.
 
     Returns:
         The plan. If anything fails, the model is left as it was.
     """
-    job = _job(model, recipe, source, work)
+    if work is not None:
+        folder = work / fingerprint(model, recipe.to_dict())
+        return _run(_job(model, recipe, source, folder), recipe)
+    # Stages are kept all the same: what a later step sees must not depend on `work`.
+    with tempfile.TemporaryDirectory(prefix="dq-") as temporary:
+        return _run(_job(model, recipe, source, Path(temporary)), recipe)
+
+
+def _run(job: Job, recipe: Recipe) -> Plan:
+    model = job.model
     training = model.training
     model.eval()
     try:
@@ -73,7 +84,7 @@ def quantize(
     return job.plan
 
 
-def _job(model: nn.Module, recipe: Recipe, source: Source | None, work: Path | None) -> Job:
+def _job(model: nn.Module, recipe: Recipe, source: Source | None, folder: Path | None) -> Job:
     if packed_layers(model):
         raise DQError(
             f"this {type(model).__name__} is quantized already; "
@@ -84,7 +95,6 @@ def _job(model: nn.Module, recipe: Recipe, source: Source | None, work: Path | N
             f"this {type(model).__name__} carries LoRA adapters, which would be packed as its own "
             "layers; call unload_lora_weights() first (after fuse_lora() to keep their effect)"
         )
-    folder = None if work is None else work / fingerprint(model, recipe.to_dict())
     plan = Plan(type(model).__name__, {})
     calibration = Calibration(model, source, recipe.calibration, Work(folder))
     generator = torch.Generator().manual_seed(recipe.calibration.seed)

@@ -80,12 +80,17 @@ class Registry(Generic[T]):
         if self._home is None:
             return
         home, self._home = self._home, None
+        complete = dict(self._entries)
         try:
             package = importlib.import_module(home)
             for info in pkgutil.iter_modules(getattr(package, "__path__", [])):
                 importlib.import_module(f"{home}.{info.name}")
+                complete = dict(self._entries)
             for point in entry_points(group="dq"):
                 point.load()
+                complete = dict(self._entries)
         except BaseException:
-            self._home = home  # a failed import must fail again, not look like an empty registry
+            # A failed import must fail again in the same words: neither look like an empty
+            # registry, nor leave half a module's entries, "registered twice" the next time.
+            self._entries, self._home = complete, home
             raise

@@ -184,3 +184,9 @@ def test_inputs_that_are_not_finite_name_the_layer(bad: float) -> None:
 def test_a_layer_that_is_never_reached_is_named() -> None:
     with pytest.raises(DQError, match=r"unused \(Linear 8->2\): no data was observed"):
         calibration().input_ranges(plan(unused=LayerSpec(INT8, STATIC)))
+
+
+@pytest.mark.parametrize("name", ["n", "steps", "batch"])
+def test_nothing_cannot_be_calibrated_on(name: str) -> None:
+    with pytest.raises(DQError, match=f"needs {name} of 1 or more, not 0"):
+        CalibrationSpec(**{name: 0})

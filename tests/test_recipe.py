@@ -84,8 +84,8 @@ def test_calibration_is_read() -> None:
             r"steps\[0\]: weight_bits takes int, not '4'",
         ),
         (
-            {"steps": [{"method": "ptq", "group": True}]},
-            r"steps\[0\]: group takes int, not True",
+            {"steps": [{"method": "ptq", "smallest": True}]},
+            r"steps\[0\]: smallest takes int, not True",
         ),
         (
             {"steps": [{"method": "ptq", "skip_roles": "io"}]},

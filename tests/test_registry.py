@@ -77,3 +77,14 @@ def test_a_failed_import_is_seen_every_time(package: Path) -> None:
             things.names()
     (package / "two.py").write_text("from plugins import things\nthings.add('two', 2)\n")
     assert set(things.names()) == {"one", "two"}
+
+
+def test_half_a_module_leaves_no_entries(package: Path) -> None:
+    from plugins import things
+
+    (package / "two.py").write_text(
+        "from plugins import things\nthings.add('two', 2)\nraise ImportError('late')\n"
+    )
+    for _ in range(2):
+        with pytest.raises(ImportError, match="late"):
+            things.names()

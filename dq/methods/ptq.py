@@ -23,6 +23,8 @@ from dq.spec import Granularity, TensorSpec
 __all__ = ["PTQ", "weight_spec"]
 
 _FLOAT = 16  # "bits" of a tensor that stays floating point
+_WIDEST_GROUPED = 4
+_GROUP = 32
 _SAFE_BITS = 8  # of layers that the recipe's width does not fit
 
 
@@ -55,7 +57,8 @@ class PTQ(Method):
     Args:
         weight_bits: 2 to 8.
         input_bits: 2 to 8, or 16 to leave inputs in floating point.
-        group: Weights that share a scale, for widths up to 4; 0 for one scale an output channel.
+        group: Weights that share a scale; 0 for one scale an output channel. Only widths up to 4
+            bits leave room for groups; None gives them 32, and others none.
         inputs: "static" (calibrated, one asymmetric scale a tensor), "dynamic" (by token or image,
             at run time), or "auto": what the model's family prefers.
         wide_roles: Roles whose weights have 8 bits whatever `weight_bits` says.
@@ -67,7 +70,7 @@ class PTQ(Method):
 
     weight_bits: int = 8
     input_bits: int = 16
-    group: int = 32
+    group: int | None = None
     inputs: str = "auto"
     wide_roles: tuple[str, ...] = (Role.IO, Role.TIME)
     skip_roles: tuple[str, ...] = ()
@@ -80,6 +83,13 @@ class PTQ(Method):
             raise DQError(f"weight_bits is 2 to 8, not {self.weight_bits}")
         if self.input_bits != _FLOAT and not 2 <= self.input_bits <= 8:
             raise DQError(f"input_bits is 2 to 8, or 16 for floating point, not {self.input_bits}")
+        if self.group is not None and self.group < 0:
+            raise DQError(f"group is a number of weights, or 0 for none, not {self.group}")
+        if self.group and self.weight_bits > _WIDEST_GROUPED:
+            raise DQError(
+                f"{self.weight_bits}-bit weights take no groups: code times multiplier would leave "
+                f"8 bits; drop group {self.group}, or use at most {_WIDEST_GROUPED} bits"
+            )
         if self.inputs not in ("auto", "static", "dynamic"):
             raise unknown("value of inputs", self.inputs, ("auto", "static", "dynamic"))
         for role in (*self.wide_roles, *self.skip_roles):
@@ -127,7 +137,8 @@ class PTQ(Method):
         return _Decision(LayerSpec(spec, self._input(dynamic), () if dynamic else split), note)
 
     def _weight(self, bits: int) -> TensorSpec:
-        return weight_spec(bits, self.group if bits <= 4 else 0, self.weight_observer)
+        group = _GROUP if self.group is None else self.group
+        return weight_spec(bits, group if bits <= _WIDEST_GROUPED else 0, self.weight_observer)
 
     def _input(self, dynamic: bool) -> TensorSpec:
         name = f"int{self.input_bits}"

@@ -142,3 +142,15 @@ def test_an_unknown_observer_is_named() -> None:
     recipe = Recipe("test", (PTQ(weight_observer="msee"),))
     with pytest.raises(DQError, match=r"unknown observer 'msee'\. Did you mean 'mse'"):
         quantize(case.network(case.build()), recipe)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 8, "group": 64}, "8-bit weights take no groups.*drop group 64"),
+        ({"weight_bits": 4, "group": -1}, "group is a number of weights, or 0 for none, not -1"),
+    ],
+)
+def test_groups_that_cannot_be(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(DQError, match=message):
+        PTQ(**settings)
