@@ -304,15 +304,13 @@ def test_unknown_key_of_a_spec(folder: Path) -> None:
         DQPipeline.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("value", [None, 5, "text", [], {}, [[]], True])
+@pytest.mark.parametrize("value", [None, 5, "text", [], {}, [[]], False])
 @pytest.mark.parametrize("key", ["plan", "version", "specs", "layers", "model"])
 def test_values_of_wrong_kind(folder: Path, key: str, value: object) -> None:
     def edit(config: dict[str, Any]) -> None:
         place = config if key in ("plan", "version") else config["plan"]
         place[key] = value
 
-    if (key, value) == ("version", True):
-        pytest.skip("JSON true equals 1 in Python")
     edit_config(folder, edit)
     with pytest.raises(DQError):
         UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
