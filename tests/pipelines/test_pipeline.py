@@ -145,6 +145,19 @@ def test_what_the_caller_brings_is_quantized(model_folders: Folders) -> None:
     assert packed_layers(mine)
 
 
+def test_model_offloading(packed_folders: PackedFolders) -> None:
+    pipe = finish(DQPipeline.from_pretrained(packed_folders("sd32", "w8a8-dynamic")))
+    expected = MODELS["sd32"].call(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert np.array_equal(MODELS["sd32"].call(pipe), expected)
+
+
+def test_device_map(model_folders: Folders, packed_folders: PackedFolders) -> None:
+    mapped = DQPipeline.from_pretrained(model_folders("sd32"), "w8a8-dynamic", device_map="cpu")
+    plain = DQPipeline.from_pretrained(packed_folders("sd32", "w8a8-dynamic"), device_map="cpu")
+    assert same_state(mapped.unet, plain.unet)
+
+
 def test_summary_and_footprint(packed_folders: PackedFolders) -> None:
     pipe = DQPipeline.from_pretrained(packed_folders("sd64", "w4a8-static"))
     count = pipe.footprint()
