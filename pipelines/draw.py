@@ -19,11 +19,12 @@ __all__ = ["PipelineSource", "default_prompts", "draw"]
 
 
 def default_prompts(pipe: Any) -> tuple[str, ...]:
-    """Return the prompts that suit a pipeline: its classes, its own list, or the built-in one."""
-    if _takes(pipe, "class_labels"):
-        names = list(_classes(pipe))
-        return tuple(names[:: max(1, len(names) // 64)][:64])
-    return tuple(getattr(pipe, "dq_prompts", ())) or PROMPTS
+    """Return the prompts that suit a pipeline: its own list, its classes, or the built-in one."""
+    own = tuple(getattr(pipe, "dq_prompts", ()))
+    if own or not _takes(pipe, "class_labels"):
+        return own or PROMPTS
+    names = list(_classes(pipe))
+    return tuple(names[:: max(1, len(names) // 64)][:64])
 
 
 def _takes(pipe: Any, argument: str) -> bool:

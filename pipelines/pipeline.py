@@ -18,7 +18,7 @@ from torch import nn
 
 from dq import checkpoints, checksum
 from dq.engine import decide, quantize
-from dq.errors import DQError, unknown
+from dq.errors import DQError, inside, unknown
 from dq.family import families
 from dq.integration import DQConfig, DQQuantizer, attach
 from dq.nn import packed_layers
@@ -51,10 +51,10 @@ class DQPipeline:
     calls, moves, compiles and saves as that does.
     """
 
-    _recipe: Recipe | None = None
+    _recipe: Recipe | Mapping[str, Any] | None = None  # values as stored, until they are asked for
     _lost: Mapping[str, Any] = MappingProxyType(
         {}
-    )  # of model_index.json: DiT's own save drops id2label
+    )  # what diffusers' own save drops: DiT's id2label
     dq_prompts: tuple[str, ...] = ()
 
     @classmethod
@@ -149,8 +149,13 @@ class DQPipeline:
 
     @property
     def recipe(self) -> Recipe | None:
-        """The recipe that the plan came from, if it is known."""
-        return self._recipe
+        """The recipe that the plan came from, if it is known.
+
+        Raises:
+            DQError: If it was stored with a method that is not installed here; the packed model
+                runs all the same.
+        """
+        return None if self._recipe is None else Recipe.get(self._recipe)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move to a device, as diffusers' own `to`.
@@ -202,7 +207,9 @@ class DQPipeline:
             file = folder / "model_index.json"
             file.write_text(json.dumps({**json.loads(file.read_text()), **self._lost}, indent=2))
         if self._recipe is not None and self.plan is not None:
-            self._recipe.save(folder / RECIPE_FILE)
+            stored = self._recipe
+            values = stored.to_dict() if isinstance(stored, Recipe) else dict(stored)
+            (folder / RECIPE_FILE).write_text(json.dumps(values, indent=2) + "\n")
         if self.dq_prompts:
             (folder / _PROMPTS_FILE).write_text("\n".join(self.dq_prompts) + "\n")
 
@@ -296,9 +303,16 @@ def _data_free(skeleton: nn.Module, recipe: Recipe) -> Plan | None:
     return None if plan.is_static() else plan
 
 
-def _stored_recipe(path: str) -> Recipe | None:
+def _stored_recipe(path: str) -> Mapping[str, Any] | None:
     file = Path(path) / RECIPE_FILE
-    return Recipe.read(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    with inside(str(file)):
+        try:
+            values: Mapping[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            raise DQError(f"not valid JSON ({error}); delete it, the plan is enough") from error
+    return values
 
 
 def _stored_prompts(path: str) -> tuple[str, ...]:

@@ -318,5 +318,5 @@ def test_values_of_wrong_kind(folder: Path, key: str, value: object) -> None:
 
 def test_recipe_file(folder: Path) -> None:
     (folder / "dq_recipe.json").write_text("{")
-    with pytest.raises(DQError, match=r"dq_recipe\.json.*not valid YAML or JSON"):
+    with pytest.raises(DQError, match=r"dq_recipe\.json.*not valid JSON"):
         DQPipeline.from_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import os
 import signal
 import subprocess
@@ -240,6 +241,21 @@ def test_recipe_travels_with_the_checkpoint(
     assert (tmp_path / "dq_recipe.json").read_text() == (folder / "dq_recipe.json").read_text()
     # The file is a recipe like any other.
     assert Recipe.get(tmp_path / "dq_recipe.json") == expected
+
+
+def test_a_recipe_of_a_missing_plugin_does_not_block_loading(
+    packed_folders: PackedFolders, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed_folders("dit64", "w4a16"), tmp_path / "model")
+    text = '{"name": "theirs", "steps": [{"method": "theirs"}]}'
+    (folder / "dq_recipe.json").write_text(text)
+    pipe = DQPipeline.from_pretrained(folder)
+    assert pipe.plan is not None
+    with pytest.raises(DQError, match="unknown method 'theirs'"):
+        _ = pipe.recipe
+    pipe.save_pretrained(tmp_path / "again")
+    stored = (tmp_path / "again" / "dq_recipe.json").read_text()
+    assert json.loads(stored) == json.loads(text)
 
 
 def test_float_pipelines_are_saved_without_recipe(model_folders: Folders, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from diffusers import DiTPipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 from dq.checkpoints.train import clip, data, dit, unet, vae
+from dq.checkpoints.train.grid import PROMPTS
 from dq.checkpoints.train.latents import scheduler
 from dq.checkpoints.train.parts import Work
 
@@ -86,6 +87,8 @@ def export(work: Work, target: Path) -> None:
         facts = "\n".join(f"- {_fact(work, part, scores)}" for part in parts)
         text = _README.format(name=name, what=_WHAT[name], facts=facts)
         (target / name / "README.md").write_text(text)
+        if name != "emoji-clip":
+            (target / name / "prompts.txt").write_text("\n".join(_prompts(work.art)) + "\n")
         _tidy(target / name)
 
 
@@ -165,6 +168,14 @@ def _labels(art: data.Artwork) -> dict[str, str]:
         seen.update(captions)
         labels[str(n)] = ", ".join(captions)
     return labels
+
+
+def _prompts(art: data.Artwork, count: int = 64) -> list[str]:
+    """Name what the checkpoints draw well: the documented grid, then classes spread evenly."""
+    names = list(PROMPTS)
+    others = [c for n in dit.chosen(art) if (c := art.emoji[n].captions[0]) not in names]
+    step = len(others) // (count - len(names))
+    return names + others[::step][: count - len(names)]
 
 
 def _preprocessor() -> dict[str, Any]:
