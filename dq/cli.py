@@ -164,11 +164,13 @@ def generate(
 
 
 @app.command()
-def inspect(model: Model, dtype: Dtype = "bfloat16", as_json: AsJson = False) -> None:
+def inspect(
+    model: Model, dtype: Dtype = "bfloat16", device: Device = "cpu", as_json: AsJson = False
+) -> None:
     """Show size, average bits, and for each layer what is stored and what really computes."""
     from dq.pipelines.inspection import inspect_folder
 
-    report = inspect_folder(model, _dtype(dtype))
+    report = inspect_folder(model, _dtype(dtype), device)
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -190,14 +192,16 @@ def recipes(as_json: AsJson = False) -> None:
 
 @app.command()
 def bench(
-    models: Annotated[
-        list[str] | None, typer.Option(help="unet, dit, or any pipeline; may repeat")
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="unet, dit, or any pipeline; may repeat"),
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option("--recipe", "-r", help="may repeat")] = None,
     threads: Annotated[int, typer.Option(help="threads of the CPU")] = 1,
     repeats: Annotated[int, typer.Option(help="rounds; medians are reported")] = 15,
     batch: Annotated[int, typer.Option(help="images a forward")] = 2,
     seed: Seed = 0,
+    device: Device = "cpu",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file to write")
     ] = None,
@@ -205,11 +209,11 @@ def bench(
 ) -> None:
     """Time denoisers, quantized and not, in turn in one process.
 
-    Without --models: a UNet of 51 M and a DiT of 85 M parameters with random weights.
+    Without --model: a UNet of 51 M and a DiT of 85 M parameters with random weights.
     """
     from dq.bench import MODELS, RECIPES, run
 
-    report = run(models or MODELS, recipe or RECIPES, threads, repeats, batch, seed)
+    report = run(model or MODELS, recipe or RECIPES, threads, repeats, batch, seed, device)
     if output is not None:
         report.save(output)
     if as_json:

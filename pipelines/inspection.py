@@ -89,12 +89,15 @@ def _table(count: Footprint) -> list[str]:
     return ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
 
 
-def inspect_folder(model: str | os.PathLike[str], dtype: torch.dtype) -> Inspection:
+def inspect_folder(
+    model: str | os.PathLike[str], dtype: torch.dtype, device: str = "cpu"
+) -> Inspection:
     """Load the denoiser of a checkpoint, and nothing else, and count it.
 
     Args:
         model: Folder of a pipeline, or a checkpoint of dq.
         dtype: Compute dtype to report for.
+        device: Where it is to run: kernels differ.
 
     Raises:
         DQError: If it is no pipeline folder.
@@ -108,4 +111,4 @@ def inspect_folder(model: str | os.PathLike[str], dtype: torch.dtype) -> Inspect
     plan = quantizer.plan if isinstance(quantizer, DQQuantizer) else None
     notes = {} if plan is None else dict(plan.notes)
     size = sum(f.stat().st_size for f in files)
-    return Inspection(os.fspath(model), size, footprint(denoiser), notes)
+    return Inspection(os.fspath(model), size, footprint(denoiser.to(device)), notes)

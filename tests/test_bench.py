@@ -45,7 +45,7 @@ def test_report_is_json(report: Report, tmp_path: Path) -> None:
     report.save(tmp_path / "bench.json")
     values = json.loads((tmp_path / "bench.json").read_text())
     assert values["machine"]["threads"] == 1
-    assert values["settings"] == {"batch": 2, "repeats": 2, "seed": 0}
+    assert values["settings"] == {"batch": 2, "repeats": 2, "seed": 0, "device": "cpu"}
     assert len(values["models"]) == 2
     for measured in values["models"].values():
         assert list(measured) == ["fp32", "fp32-onednn", "bf16", *RECIPES]

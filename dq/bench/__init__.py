@@ -46,6 +46,7 @@ def run(
     repeats: int = 15,
     batch: int = 2,
     seed: int = 0,
+    device: str = "cpu",
 ) -> Report:
     """Measure denoisers in float32, in bfloat16 and by recipes.
 
@@ -57,6 +58,7 @@ def run(
         repeats: Rounds; each runs every variant once.
         batch: Images in a forward call.
         seed: Of weights, inputs and calibration.
+        device: Where the models run; ranges are found on the CPU.
 
     Raises:
         DQError: For unknown models and recipes, before anything is measured where possible.
@@ -68,9 +70,15 @@ def run(
     measured = {}
     with threads_set(threads):
         for each in map(subject, models):
-            competitors = variants(each, asked, batch, seed)
+            competitors = variants(each, asked, batch, seed, device)
             measured[each.name] = _measure(each.name, competitors, repeats)
-    return Report(machine, {"batch": batch, "repeats": repeats, "seed": seed}, measured)
+    settings: dict[str, int | str] = {
+        "batch": batch,
+        "repeats": repeats,
+        "seed": seed,
+        "device": device,
+    }
+    return Report(machine, settings, measured)
 
 
 def _measure(title: str, competitors: Sequence[Variant], repeats: int) -> dict[str, Measurement]:

@@ -120,12 +120,12 @@ class Report:
 
     Args:
         machine: Where.
-        settings: Arguments of the run: batch, repeats, seed.
+        settings: Arguments of the run: batch, repeats, seed, device.
         models: Measurements by model and variant.
     """
 
     machine: Machine
-    settings: Mapping[str, int]
+    settings: Mapping[str, int | str]
     models: Mapping[str, Mapping[str, Measurement]]
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Variant:
         """Run one forward call, without gradients as diffusers' pipelines do."""
         with _float32_linears(self.onednn):
             output: Tensor = self.model(**self.inputs, return_dict=False)[0]
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)  # a GPU answers before it is done
         return output
 
     def laid_out(self, channels_last: bool) -> Variant:
@@ -82,18 +84,18 @@ def _float32_linears(onednn: bool) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def variants(subject: Subject, recipes: Sequence[Recipe], batch: int, seed: int) -> list[Variant]:
+def variants(
+    subject: Subject, recipes: Sequence[Recipe], batch: int, seed: int, device: str = "cpu"
+) -> list[Variant]:
     """Return all competitors of one model, each in the layout that it is faster in."""
     models = {
         REFERENCE: subject.plain(torch.float32, seed),
         _ONEDNN: subject.plain(torch.float32, seed),
         BASELINE: subject.plain(torch.bfloat16, seed),
     }
-    made = []
-    for name, model in models.items():
-        made.append(_variant(name, model, batch, seed))
     for recipe in recipes:
-        made.append(_variant(recipe.name, subject.quantized(recipe, seed), batch, seed))
+        models[recipe.name] = subject.quantized(recipe, seed)
+    made = [_variant(name, m.to(device), batch, seed) for name, m in models.items()]
     return [_fastest(variant) for variant in made]
 
 
