@@ -24,10 +24,11 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from dq import checksum
+from dq.arrivals import Arrivals, leaf
 from dq.engine import decide
 from dq.errors import DQError, inside, unknown
 from dq.nn import describe, empty_packed, packed_layers, unpack_model
-from dq.nn.packed import COMPANIONS, TENSORS, packed
+from dq.nn.packed import COMPANIONS, packed
 from dq.nn.swap import replace
 from dq.plan import Plan
 from dq.recipe import Recipe
@@ -36,9 +37,6 @@ __all__ = ["DQConfig", "DQQuantizer", "attach", "detach"]
 
 _ALIGNMENT = 64  # of torch's own allocations, bytes
 _KEYS = ("recipe", "plan", "digest", "version")
-_OTHER_CHECKPOINT = (
-    "config.json and weights are of different checkpoints: copy or download both again"
-)
 
 
 class _Method(str, Enum):  # noqa: UP042 - the loader compares with plain strings and asks for .value
@@ -132,10 +130,9 @@ class DQQuantizer(DiffusersQuantizer):
         self.plan = quantization_config.plan
         self.compute_dtype = torch.float32
         self._expected: dict[str, int] = {}  # checksums that the file's header promises
-        self._found: dict[str, int] = {}
         self._names: list[str] = []  # of the tensors in the files
-        self._forms: dict[str, tuple[torch.Size, torch.dtype]] = {}  # of the tensors in the model
         self._stash: dict[str, Tensor] = {}
+        self._arrivals: Arrivals | None = None  # while packed tensors come in
         self._prepared = False
 
     @property
@@ -188,46 +185,14 @@ class DQQuantizer(DiffusersQuantizer):
         self.pre_quantized = any(name.endswith(".weight_scale") for name in state_dict)
         if not self.pre_quantized:
             return state_dict
-        self._stash = {n: v for n, v in state_dict.items() if _leaf(n) in COMPANIONS}
+        self._stash = {n: v for n, v in state_dict.items() if leaf(n) in COMPANIONS}
         return {n: v for n, v in state_dict.items() if n not in self._stash}
 
     def _incoming(self, name: str, value: Tensor) -> Tensor:
-        self._check_form(name, value)
-        self._found[name] = found = checksum.of(value)
-        if self._expected.get(name, found) != found:
-            raise DQError(
-                f"tensor {name} is damaged: its checksum is {found:08x}, the file was written with "
-                f"{self._expected[name]:08x}; copy or download the checkpoint again"
-            )
-        is_scale = _leaf(name) in COMPANIONS and value.dtype == torch.float32
+        assert self._arrivals is not None  # made before the first file is read
+        self._arrivals.check(name, value)
+        is_scale = leaf(name) in COMPANIONS and value.dtype == torch.float32
         return value.view(torch.int32) if is_scale else value
-
-    def _check_form(self, name: str, value: Tensor) -> None:
-        if name not in self._forms:
-            return  # diffusers warns about tensors that a model has no use for
-        shape, dtype = self._forms[name]
-        assert self.plan is not None  # forms are those of a planned model
-        packed = name.rpartition(".")[0] in self.plan.layers and _leaf(name) in TENSORS
-        if value.shape != shape or (packed and value.dtype != dtype):
-            raise DQError(
-                f"tensor {name} should be {_form(shape, dtype)} by the plan in config.json, the "
-                f"file has {_form(value.shape, value.dtype)}; {_OTHER_CHECKPOINT}"
-            )
-
-    def _check_names(self) -> None:
-        """Compare the names in the files with those of the model before anything is read."""
-        lost = sorted(self._forms.keys() - set(self._names))
-        if lost:
-            raise DQError(
-                f"the weights lack {len(lost)} tensors that config.json promises, the first is "
-                f"{lost[0]}; the file is incomplete, or {_OTHER_CHECKPOINT}"
-            )
-        for name in self._names:
-            if _leaf(name) in COMPANIONS and name not in self._forms:
-                raise DQError(
-                    f"the weights hold {name}, of a packed layer that the plan in config.json does "
-                    f"not name; {_OTHER_CHECKPOINT}"
-                )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._prepared = True
@@ -245,11 +210,10 @@ class DQQuantizer(DiffusersQuantizer):
         """Prepare a model for packed tensors, those of a single file being at hand already."""
         assert self.plan is not None  # packed checkpoints come with one
         empty_packed(model, self.plan)
-        self._forms = {n: (tensor.shape, tensor.dtype) for n, tensor in model.state_dict().items()}
+        self._arrivals = Arrivals(model, self.plan, self._expected)
         if single_file is not None:
             single_file.update(self._stash)
-            self._names = list(single_file)
-        self._check_names()
+        self._arrivals.check_names(self._names if single_file is None else single_file)
         if single_file is not None:
             single_file.update({n: self._incoming(n, v) for n, v in single_file.items()})
 
@@ -257,11 +221,11 @@ class DQQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
         """Claim the tensors of planned layers, except biases."""
-        layer, _, leaf = param_name.rpartition(".")
+        layer, _, own = param_name.rpartition(".")
         assert self.plan is not None  # decided before loading
         if layer not in self.plan.layers:
             return False
-        return leaf == "weight" or (self.pre_quantized and leaf in COMPANIONS)
+        return own == "weight" or (self.pre_quantized and own in COMPANIONS)
 
     def create_quantized_param(
         self,
@@ -273,10 +237,10 @@ class DQQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:
         """Put one tensor into its packed layer, or pack one float weight."""
-        layer, _, leaf = param_name.rpartition(".")
+        layer, _, own = param_name.rpartition(".")
         value = param_value.to(target_device) if target_device is not None else param_value
         if self.pre_quantized:
-            _place(model.get_submodule(layer), leaf, value)
+            _place(model.get_submodule(layer), own, value)
         else:
             self._pack(model, layer, value)
 
@@ -299,17 +263,12 @@ class DQQuantizer(DiffusersQuantizer):
             )
         digest = self.quantization_config.digest
         assert self.plan is not None  # decided before loading
-        if self.pre_quantized and digest is not None:
-            found = checksum.digest(self._found, self.plan)
-            if found != digest:
-                raise DQError(
-                    f"plan and packed weights have checksum {found}, config.json was written with "
-                    f"{digest}; {_OTHER_CHECKPOINT}"
-                )
+        if self._arrivals is not None:
+            self._arrivals.check_digest(digest)
         for layer in packed_layers(model).values():
             layer.compute_dtype = self.compute_dtype
         _align(model)
-        self._stash, self._found, self._forms, self._names = {}, {}, {}, []
+        self._stash, self._arrivals, self._names = {}, None, []
         digest = digest or checksum.of_model(model, self.plan)
         _record(model, self, DQConfig(plan=self.plan, digest=digest))
 
@@ -336,19 +295,11 @@ class DQQuantizer(DiffusersQuantizer):
         return model
 
 
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _form(shape: torch.Size, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
-
-
-def _place(layer: nn.Module, leaf: str, value: Tensor) -> None:
+def _place(layer: nn.Module, name: str, value: Tensor) -> None:
     """Put one stored tensor into its packed layer."""
     if value.dtype == torch.int32:
         value = value.view(torch.float32)  # undoes what hid it from the loader
-    setattr(layer, leaf, nn.Parameter(value, False) if leaf == "weight" else value)
+    setattr(layer, name, nn.Parameter(value, False) if name == "weight" else value)
 
 
 def _align(model: nn.Module) -> None:
