@@ -103,22 +103,11 @@ class MSE(_Sampled):
     """
 
     shrinks = tuple(1.0 - 0.02 * index for index in range(40))
-    chunk = 1 << 18  # elements searched at a time: their temporaries stay in the cache
 
     def range(self) -> tuple[Tensor, Tensor]:
         """See `Observer.range`."""
         low, high = super().range()
         x = self.sample()
-        rows = max(1, self.chunk // x.shape[1])
-        parts = [
-            self._search(*part)
-            for part in zip(x.split(rows), low.split(rows), high.split(rows), strict=True)
-        ]
-        factor = torch.cat(parts)
-        return low * factor, high * factor
-
-    def _search(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Return the best shrink factor of each row of `x`, `(P,)`."""
         best_error, best = torch.full_like(low, torch.inf), torch.ones_like(low)
         for shrink in self.shrinks:
             scale, zero, _ = scales_of_range(low * shrink, high * shrink, self.spec)
@@ -130,4 +119,4 @@ class MSE(_Sampled):
             error = (rounded - levels).square_().mean(dim=1) * scale.square()
             best = torch.where(error < best_error, shrink, best)
             best_error = torch.minimum(error, best_error)
-        return best
+        return low * best, high * best

@@ -6,6 +6,7 @@ broadcast over its blocks. Arithmetic is float32, whatever the dtype of the inpu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from dq.scales import Scales, scales_of_range
 from dq.spec import TensorSpec
 
 __all__ = ["choose_scales", "dequantize", "fake_quantize", "quantize"]
+
+_STRIP = 1 << 18  # elements worked on together
 
 
 def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
@@ -33,10 +36,22 @@ def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
     Raises:
         DQError: If `x` has a value that is not finite.
     """
+    if x.is_meta:
+        return _valueless(spec.granularity.blocks(*x.shape), spec)
+    if spec.granularity.kind == "tensor":
+        return _choose(x, spec)
+    return Scales.stack([_choose(x[part], spec) for part in _strips(x)])
+
+
+def _strips(x: Tensor) -> Iterator[slice]:
+    """Cut `x` into strips of rows: temporaries stay small, and in the cache."""
+    rows = max(1, _STRIP // x.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(x), rows))
+
+
+def _choose(x: Tensor, spec: TensorSpec) -> Scales:
     parts = _blocks(x.float(), spec)
     shape = parts.shape[:2]
-    if x.is_meta:
-        return _valueless(shape, spec)
     # Before observing: one that cuts off the ends would cut off NaN too.
     if not all(bool(torch.isfinite(end)) for end in torch.aminmax(x)):
         raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
@@ -88,8 +103,12 @@ def _two_level(parts: Tensor, scale: Tensor, spec: TensorSpec) -> Scales:
 
 def quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     """Return the uint8 codes `(R, K)` of a floating point matrix."""
-    levels = _blocks(x.float(), spec) / scales.step.unsqueeze(-1)
-    return spec.grid.encode(_shifted(levels, scales)).view(x.shape)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    for part in _strips(x):
+        mine = scales.rows(part)
+        levels = _blocks(x[part].float(), spec) / mine.step.unsqueeze(-1)
+        codes[part] = spec.grid.encode(_shifted(levels, mine)).view(x[part].shape)
+    return codes
 
 
 def _shifted(levels: Tensor, scales: Scales) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,25 @@ class Scales(NamedTuple):
     def step(self) -> Tensor:
         """Distance between neighbouring integers, `(r, g)` float32."""
         return self.scale if self.multiplier is None else self.scale * self.multiplier
+
+    def rows(self, part: slice) -> Scales:
+        """Return the scales of some rows of the matrix; `(1, 1)` ones serve every row."""
+        if len(self.scale) == 1:
+            return self
+        zero = None if self.zero is None else self.zero[part]
+        multiplier = None if self.multiplier is None else self.multiplier[part]
+        return Scales(self.scale[part], zero, multiplier)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Scales]) -> Scales:
+        """Join the scales of consecutive rows."""
+        zeros = [p.zero for p in parts if p.zero is not None]
+        multipliers = [p.multiplier for p in parts if p.multiplier is not None]
+        return cls(
+            torch.cat([p.scale for p in parts]),
+            torch.cat(zeros) if zeros else None,
+            torch.cat(multipliers) if multipliers else None,
+        )
 
 
 def scales_of_range(low: Tensor, high: Tensor, spec: TensorSpec) -> Scales:

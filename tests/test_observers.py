@@ -116,13 +116,6 @@ def test_mse_is_never_worse_than_the_full_range(format: str, symmetric: bool) ->
         assert searched < 0.8 * full, "heavy tails must be cut"
 
 
-def test_mse_searches_long_and_short_parts_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(50, 64)
-    expected = ranges("mse", x)
-    monkeypatch.setattr(observers["mse"], "chunk", 7 * 64)
-    assert all(torch.equal(a, b) for a, b in zip(ranges("mse", x), expected, strict=True))
-
-
 def test_samples_are_bounded_and_reach_the_end() -> None:
     observer = observers["mse"](SPEC)
     x = torch.zeros(1, 1 << 18)

@@ -49,6 +49,18 @@ def test_where_ties_go_does_not_depend_on_the_zero_point(zero: float) -> None:
 
 
 @each
+def test_strips_of_rows_change_nothing(spec: TensorSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = matrix((50, 40), 3)
+    scales = choose_scales(x, spec)
+    codes = quantize(x, scales, spec)
+    monkeypatch.setattr("dq.quantize._STRIP", 7 * 40)
+    for found, whole in zip(choose_scales(x, spec), scales, strict=True):
+        assert (found is None) == (whole is None)
+        assert found is None or torch.equal(found, whole)
+    assert torch.equal(quantize(x, scales, spec), codes)
+
+
+@each
 def test_quantizing_again_changes_nothing(spec: TensorSpec) -> None:
     x = matrix((6, 40), 1)
     scales = choose_scales(x, spec)

@@ -35,7 +35,7 @@ _TONES = {
     "1F3FF": "dark",
 }
 # What a person can hardly tell apart at 64 pixels is drawn less often: objects get the steps.
-_RARE = {"Flags": 0.15, "Symbols": 0.4, "Component": 0.2, "People & Body": 0.5}
+_RARE = {"Flags": 0.1, "Symbols": 0.2, "Component": 0.2, "People & Body": 0.2}
 _DEFAULT_SHARE = 0.6
 
 

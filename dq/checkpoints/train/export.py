@@ -56,13 +56,14 @@ def pipeline(work: Work, part: str) -> Any:
     """
     work.latents  # noqa: B018  (sets the scaling factor of the autoencoder)
     if part == "unet":
+        trained = work.trained("unet", unet.TextUNet(work.clip))
         text: Any = CLIPTextModel(work.clip.text_model.config)
-        text.load_state_dict(work.clip.text_model.state_dict())
+        text.load_state_dict(trained.text.state_dict())
         return StableDiffusionPipeline(
             vae=work.vae,
             text_encoder=text.to(work.device).eval(),
             tokenizer=work.tokenizer,
-            unet=work.trained("unet", unet.build(work.clip.text_embed_dim)),
+            unet=trained.unet,
             scheduler=scheduler(),
             safety_checker=None,
             feature_extractor=None,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from dq import checkpoints
 from dq.checkpoints.train import clip, data, dit, unet, vae
@@ -26,11 +26,15 @@ PLANS = {
     "unet": Plan(10000, 1e-3, batch=32, decay=2500),
     "dit": Plan(5000, 1e-3, batch=32, decay=1200),
 }
-_MODELS: dict[str, tuple[str, Any]] = {
-    "vae": ("emoji-unet/vae", AutoencoderKL),
-    "clip": ("emoji-clip", CLIPModel),
-    "unet": ("emoji-unet/unet", UNet2DConditionModel),
-    "dit": ("emoji-dit/transformer", DiTTransformer2DModel),
+# Of every part, the modules it is exported as: prefix of the weights, folder, class.
+_MODULES: dict[str, list[tuple[str, str, Any]]] = {
+    "vae": [("", "emoji-unet/vae", AutoencoderKL)],
+    "clip": [("", "emoji-clip", CLIPModel)],
+    "unet": [
+        ("unet.", "emoji-unet/unet", UNet2DConditionModel),
+        ("text.", "emoji-unet/text_encoder", CLIPTextModel),
+    ],
+    "dit": [("", "emoji-dit/transformer", DiTTransformer2DModel)],
 }
 
 
@@ -112,7 +116,9 @@ class Work:
 
 def exported(part: str) -> dict[str, torch.Tensor]:
     """Return the weights of `part` that come with the package, as float32."""
-    name, kind = _MODELS[part]
-    top, _, sub = name.partition("/")
-    model: nn.Module = kind.from_pretrained(checkpoints.path(top) / sub)
-    return {key: value.float() for key, value in model.state_dict().items()}
+    weights: dict[str, torch.Tensor] = {}
+    for prefix, name, kind in _MODULES[part]:
+        top, _, sub = name.partition("/")
+        model: nn.Module = kind.from_pretrained(checkpoints.path(top) / sub)
+        weights |= {prefix + key: value.float() for key, value in model.state_dict().items()}
+    return weights
