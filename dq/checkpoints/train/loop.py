@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dq.checkpoints.train.optimizer import MuonAdamW
 from dq.checkpoints.train.progress import Progress
 from dq.errors import DQError
 
@@ -51,6 +52,7 @@ class Plan:
         ema: The largest decay of the moving average of the weights.
         weight_decay: AdamW's decoupled weight decay.
         clip: The largest norm of the gradient.
+        muon: Whether matrices are trained with Muon instead of AdamW.
         seed: Seeds the batches and the noise.
         save_minutes: Minutes between two saved states.
     """
@@ -63,6 +65,7 @@ class Plan:
     ema: float = 0.9995
     weight_decay: float = 0.01
     clip: float = 1.0
+    muon: bool = False
     seed: int = 0
     save_minutes: float = 3.0
 
@@ -86,14 +89,21 @@ class Run:
         self.ema = copy.deepcopy(trainee.model).eval().requires_grad_(False)
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.step, self.seconds = 0, 0.0
-        self.optimizer = torch.optim.AdamW(
-            trainee.model.parameters(),
+        self.optimizer = self._optimizer()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _optimizer(self) -> MuonAdamW | torch.optim.Optimizer:
+        """Build what the plan asks for."""
+        plan, model = self.plan, self.trainee.model
+        if plan.muon:
+            return MuonAdamW(model, plan.lr, plan.weight_decay)
+        return torch.optim.AdamW(
+            model.parameters(),
             lr=plan.lr,
             betas=(0.9, 0.99),
             weight_decay=plan.weight_decay,
             fused=True,
         )
-        folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, name: str = "state.pt") -> None:
         """Write the whole state atomically, so that a killed process leaves the last one whole."""
@@ -150,7 +160,7 @@ class Run:
         # Twice the speed of float32 here; the weights and the optimizer stay float32.
         with torch.autocast(device.type, torch.bfloat16):
             loss = self.trainee.loss(self.generator)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.trainee.model.parameters(), self.plan.clip)
         self.optimizer.step()

@@ -23,7 +23,7 @@ __all__ = ["PLANS", "Work", "exported"]
 PLANS = {
     "vae": Plan(5000, 1e-3, batch=8, decay=1700, ema=0.999),
     "clip": Plan(2000, 8e-4, batch=128, decay=700, ema=0.998),
-    "unet": Plan(10000, 1e-3, batch=32, decay=2500),
+    "unet": Plan(8000, 1e-3, batch=32, decay=3400, muon=True),
     "dit": Plan(5000, 1e-3, batch=32, decay=1200),
 }
 # Of every part, the modules it is exported as: prefix of the weights, folder, class.
