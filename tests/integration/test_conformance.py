@@ -24,7 +24,7 @@ from dq.family import family_of, quantizable
 from dq.nn import packed_layers
 from dq.pipelines.footprint import footprint
 from tests.models.parts import finish
-from tests.packed import CASES, RECIPES, forward, relative_error, same_state
+from tests.packed import CASES, RECIPES, forward, met, relative_error, same_state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Random weights lose more than trained ones; a truncated weight or a lost scale gives 0.9 and more.
@@ -66,9 +66,9 @@ def test_layers_sizes_and_output(name: str, recipe: str, packed_folders: Folders
     assert count.stored_bytes == count.planned_bytes
     # Half of the DiT fixture is its table of 1000 classes, which stays float.
     assert original.get_memory_footprint() / count.stored_bytes > 1.7
-    output = forward(model)
+    output = forward(model, **met(name))
     assert torch.isfinite(output).all()
-    assert 0 < relative_error(output, forward(original)) < MOST_ERROR[recipe]
+    assert 0 < relative_error(output, forward(original, **met(name))) < MOST_ERROR[recipe]
 
 
 @each_case
@@ -178,12 +178,12 @@ def test_device_maps_leave_nothing_on_meta(name: str, packed_folders: Folders) -
 @each_case
 def test_dequantizes(name: str, recipe: str, packed_folders: Folders, tmp_path: Path) -> None:
     model = load(name, packed_folders(name, recipe))
-    before = forward(model)
+    before = forward(model, **met(name))
     model.dequantize()
     assert not packed_layers(model)
     assert not getattr(model, "is_quantized", False)
     # Inputs are float again, weights keep their error.
-    assert relative_error(forward(model), before) < 0.08
+    assert relative_error(forward(model, **met(name)), before) < 0.08
     # Saved again it is an ordinary float checkpoint.
     target = tmp_path / CASES[name].denoiser
     model.save_pretrained(target)
