@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all."""
+"""Output folders that appear whole or not at all; and where caches are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from pathlib import Path
 
 from dq.errors import DQError
 
-__all__ = ["check_free", "new_folder"]
+__all__ = ["cache_folder", "check_free", "new_folder"]
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: `$XDG_CACHE_HOME/dq`, or `~/.cache/dq`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dq"
 
 
 def check_free(target: Path, overwrite: bool) -> None:

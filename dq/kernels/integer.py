@@ -2,10 +2,11 @@
 
 With n the output and k the summed feature, a layer computes
 
-    y[n] = s_x s_n  sum_k (c_k - z) w[n, k]  + b[n],     c_k = clamp(round(x_k / s_x) + z)
+    y[n] = s_x s_n  sum_k (c_k - z) w[n, k]  + b[n],     c_k = clamp(round(x_k * (1 / s_x)) + z)
 
 where c are unsigned input codes and w = (code - offset) * multiplier whole numbers within int8: the
-sum is exact whatever the order. Scaling is float32.
+sum is exact whatever the order. Scaling is float32. Inputs meet one over the scale, rounded: to
+multiply is several times as fast as to divide, and differs from it only next to a tie.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def input_parts(x: Tensor, a: Arguments) -> list[InputPart]:
 
 
 def _codes(x: Tensor, scale: Tensor, zero: int, a: Arguments) -> Tensor:
-    levels = torch.round(x.float() / scale).add_(zero)
-    return levels.clamp_(0, (1 << a.input_bits) - 1).to(torch.uint8)
+    levels = torch.round(x.float() * scale.reciprocal()) + zero
+    return levels.clamp(0, (1 << a.input_bits) - 1).to(torch.uint8)
 
 
 def _dynamic_scale(x: Tensor, bits: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dq.registry import Registry
 
-__all__ = ["Arguments", "ConvArguments", "Kernel", "Site", "choose", "kernels"]
+__all__ = ["SCHEMA", "Arguments", "ConvArguments", "Kernel", "Site", "choose", "kernels"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Arguments(NamedTuple):
         groups: G, the number of multipliers in a row; 0 without.
         input_bits: Width of an input code.
         segments: Sizes of the S channel segments; empty if S is 1.
+        keep: Whether a kernel may keep the whole numbers that codes stand for, int8, beside them;
+            otherwise it makes them anew at every call.
     """
 
     weight: Tensor
@@ -67,6 +69,14 @@ class Arguments(NamedTuple):
     groups: int
     input_bits: int
     segments: list[int]
+    keep: bool = True
+
+
+# The same for the schema of a custom op, in the same order.
+SCHEMA = (
+    "Tensor weight, Tensor scale, Tensor? bias, Tensor? input_affine, int weight_bits, "
+    "int columns, int multiplier_bits, int groups, int input_bits, int[] segments, bool keep"
+)
 
 
 class ConvArguments(NamedTuple):

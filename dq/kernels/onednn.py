@@ -1,23 +1,31 @@
 """Integer linear and convolution on CPUs through oneDNN: u8 x s8, bias and scaling fused.
 
 Inputs are *unsigned* codes: with signed ones the same ops fall into oneDNN's reference code, ten
-thousand times slower. Weights are prepacked for the shape they really meet; a convolution packed
-without it runs fifteen times slower. Packed copies live as long as the stored weight that they were
-made from, and stay out of graphs that torch.compile makes: to it a layer is one opaque op.
+thousand times slower. Weights are laid out for the shape they really meet; a convolution packed
+without it runs fifteen times slower. Either that form is kept beside the stored weight, as long as
+that lives, or it is made at every call in scratch memory that layers share (see
+`dq.kernels.layout`).
+
+To torch.compile a product is one opaque op; the quantization before it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dq.kernels import reference
-from dq.kernels.integer import InputPart, input_parts, integer_weight
-from dq.kernels.kernel import Arguments, ConvArguments, Kernel, Site, kernels
+from dq.kernels.inputs import Affine, Codes, affine_of, quantized
+from dq.kernels.integer import integer_weight
+from dq.kernels.kernel import SCHEMA, Arguments, ConvArguments, Kernel, Site, kernels
+from dq.kernels.layout import Layout, layout_of
+from dq.kernels.native import calls, library
 from dq.kernels.sample import conv_sample, linear_sample
 
 __all__ = ["conv2d", "linear", "resident_bytes"]
@@ -25,181 +33,238 @@ __all__ = ["conv2d", "linear", "resident_bytes"]
 _MOST_SHAPES = 2  # packed copies kept of one weight; a generation meets one shape, CFG off adds one
 
 
-class _Packed(NamedTuple):
-    """A weight packed for one input shape, in parts like the input."""
+@dataclass
+class _Prepared:
+    """What is kept beside a stored weight.
 
-    stamp: tuple[int, int]
-    parts: list[Tensor]
-    zero: Tensor
-    bytes: int
+    Attributes:
+        stamp: Tells the contents of the stored tensors from later ones.
+        affine: Scales of the input.
+        bias: float32; zeros if the layer has none.
+        zeros: Codes of zero of the weight's rows.
+        packed: By input shape: the parts of the weight in oneDNN's layout, or how to make them.
+    """
+
+    stamp: tuple[object, ...]
+    affine: list[Affine]
+    bias: Tensor
+    zeros: Tensor
+    packed: dict[Hashable, Sequence[Tensor | Layout]] = field(default_factory=dict)
 
 
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _stamp(weight: Tensor) -> tuple[int, int]:
-    """Tell one content of a tensor from the next: moved or overwritten weights are packed anew."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def _stamp(a: Arguments) -> tuple[object, ...]:
+    """Tell one content of the tensors from the next: moved or overwritten ones are read anew."""
+    stamp: list[object] = []
+    for tensor in (a.weight, a.bias, a.input_affine):
+        if tensor is not None:
+            stamp += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return tuple(stamp)
 
 
-def _prepacked(
-    a: Arguments, parts: list[InputPart], pack: Callable[[Tensor, InputPart], Tensor]
-) -> _Packed:
-    shapes: dict[tuple[int, ...], _Packed] = _packed.setdefault(a.weight, {})
-    key = tuple(parts[0].codes.shape)
-    entry = shapes.get(key)
-    if entry is None or entry.stamp != _stamp(a.weight):
-        weight = integer_weight(a)
-        made = [pack(weight, part) for part in parts]
-        zero = torch.zeros(len(weight), dtype=torch.int32)
-        entry = _Packed(_stamp(a.weight), made, zero, weight.numel())
-        while len(shapes) >= _MOST_SHAPES:
-            shapes.pop(next(iter(shapes)))
-        shapes[key] = entry
-    return entry
+def _prepare(a: Arguments) -> _Prepared:
+    known: _Prepared | None = _prepared.get(a.weight)
+    stamp = _stamp(a)
+    if known is None or known.stamp != stamp:
+        rows = len(a.weight)
+        bias = torch.zeros(rows) if a.bias is None else a.bias.detach().float()
+        known = _Prepared(stamp, affine_of(a), bias, torch.zeros(rows, dtype=torch.int32))
+        _prepared[a.weight] = known
+    return known
 
 
 def resident_bytes(weight: Tensor) -> int:
-    """Return the bytes of the packed int8 copies that were made of a stored weight."""
-    shapes = _packed.get(weight, {})
-    return sum(entry.bytes for entry in shapes.values())
+    """Return the bytes of the int8 copies that are kept of a stored weight."""
+    known: _Prepared | None = _prepared.get(weight)
+    kept = [] if known is None else [each for parts in known.packed.values() for each in parts]
+    return sum(int(torch.ops.mkldnn._nbytes(each)) for each in kept if isinstance(each, Tensor))
 
 
-def _epilogue(a: Arguments, part: InputPart, last: bool) -> tuple[float, Tensor | None]:
-    """Return input scale and bias that the op itself can apply: those of a static, last part."""
-    if a.input_affine is None:
-        return 1.0, None
-    return float(part.scale), a.bias.float() if last and a.bias is not None else None
+class _Product(Protocol):
+    """What linear and convolution differ in, for one part of the input."""
 
+    @property
+    def key(self) -> Hashable:
+        """What the layout of weights depends on, besides the shapes."""
 
-def _combine(x: Tensor, a: Arguments, parts: list[InputPart], run: Callable[..., Tensor]) -> Tensor:
-    """Sum the products of all parts; one static part leaves everything to the op."""
-    single = len(parts) == 1 and a.input_affine is not None
-    out_dtype = x.dtype if single and x.dtype in (torch.float32, torch.bfloat16) else torch.float32
-    total: Tensor | None = None
-    for index, part in enumerate(parts):
-        scale, bias = _epilogue(a, part, last=index == len(parts) - 1)
-        y = run(index, part, scale, bias, out_dtype)
-        total = y if total is None else total.add_(y)
-    assert total is not None  # there is at least one part
-    if a.input_affine is None:
-        total = total.mul_(parts[0].scale)
-        if a.bias is not None:
-            total += a.bias.float().view(-1, *[1] * (x.dim() - 2))
-    return total.to(x.dtype)
+    def shape(self, rows: int, codes: Tensor) -> tuple[int, ...]:
+        """Return the shape of the weights that meet some codes."""
 
-
-@torch.library.custom_op("dq::onednn_linear", mutates_args=())
-def _linear_op(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_affine: Tensor | None,
-    weight_bits: int,
-    columns: int,
-    multiplier_bits: int,
-    groups: int,
-    input_bits: int,
-    segments: list[int],
-) -> Tensor:
-    a = Arguments(
-        weight, scale, bias, input_affine, weight_bits, columns, multiplier_bits, groups,
-        input_bits, segments,
-    )  # fmt: skip
-    rows = x.reshape(-1, x.shape[-1])
-    parts = input_parts(rows, a)
-
-    def pack(weight: Tensor, part: InputPart) -> Tensor:
-        chosen = weight[:, part.channels].contiguous()
-        return torch.ops.onednn.qlinear_prepack(chosen, list(part.codes.shape))
-
-    packed = _prepacked(a, parts, pack)
+    def pack(self, weight: Tensor, codes: Tensor, zero: int) -> Tensor:
+        """Return int8 weights in the layout for codes of that shape."""
 
     def run(
-        index: int, part: InputPart, scale: float, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+        self, codes: Tensor, scale: float, zero: int, weight: Tensor, scales: Tensor,
+        zeros: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """Multiply, scale and add the bias."""
+
+
+class _Linear:
+    key = "linear"
+
+    def shape(self, rows: int, codes: Tensor) -> tuple[int, ...]:
+        return rows, codes.shape[1]
+
+    def pack(self, weight: Tensor, codes: Tensor, zero: int) -> Tensor:
+        return torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
+
+    def run(
+        self, codes: Tensor, scale: float, zero: int, weight: Tensor, scales: Tensor,
+        zeros: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         return torch.ops.onednn.qlinear_pointwise(
-            part.codes, scale, part.zero, packed.parts[index], a.scale, packed.zero, bias,
-            1.0, 0, dtype, "none", [], "",
-        )  # fmt: skip
-
-    return _combine(rows, a, parts, run).view(*x.shape[:-1], -1)
-
-
-@_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, *arguments: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("dq::onednn_conv2d", mutates_args=())
-def _conv_op(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_affine: Tensor | None,
-    weight_bits: int,
-    columns: int,
-    multiplier_bits: int,
-    groups: int,
-    input_bits: int,
-    segments: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    conv_groups: int,
-) -> Tensor:
-    a = Arguments(
-        weight, scale, bias, input_affine, weight_bits, columns, multiplier_bits, groups,
-        input_bits, segments,
-    )  # fmt: skip
-    geometry = (stride, padding, dilation, conv_groups)
-    parts = [
-        part._replace(codes=part.codes.contiguous(memory_format=torch.channels_last))
-        for part in input_parts(x, a)
-    ]
-
-    def pack(weight: Tensor, part: InputPart) -> Tensor:
-        chosen = weight.view(len(weight), -1, *kernel_size)[:, part.channels].contiguous()
-        scale = 1.0 if a.input_affine is None else float(part.scale)
-        return torch.ops.onednn.qconv_prepack(
-            chosen, a.scale, scale, part.zero, *geometry, list(part.codes.shape)
+            codes, scale, zero, weight, scales, zeros, bias, 1.0, 0, dtype, "none", [], ""
         )
 
-    packed = _prepacked(a, parts, pack)
+
+@dataclass(frozen=True)
+class _Conv2d:
+    geometry: ConvArguments
+
+    @property
+    def key(self) -> Hashable:
+        return tuple(map(tuple, self.geometry[:-1])), self.geometry.groups
+
+    def shape(self, rows: int, codes: Tensor) -> tuple[int, ...]:
+        return rows, codes.shape[1] // self.geometry.groups, *self.geometry.kernel_size
+
+    def pack(self, weight: Tensor, codes: Tensor, zero: int) -> Tensor:
+        scales = torch.ones(len(weight))  # the layout does not depend on them
+        return torch.ops.onednn.qconv_prepack(
+            weight, scales, 1.0, zero, *self.geometry[1:], list(codes.shape)
+        )
 
     def run(
-        index: int, part: InputPart, scale: float, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
+        self, codes: Tensor, scale: float, zero: int, weight: Tensor, scales: Tensor,
+        zeros: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         return torch.ops.onednn.qconv2d_pointwise(
-            part.codes, scale, part.zero, packed.parts[index], a.scale, packed.zero, bias,
-            *geometry, 1.0, 0, dtype, "none", [], "",
+            codes, scale, zero, weight, scales, zeros, bias, *self.geometry[1:], 1.0, 0, dtype,
+            "none", [], "",
         )  # fmt: skip
 
-    return _combine(x, a, parts, run)
+
+_LINEAR = _Linear()
 
 
-@_conv_op.register_fake
-def _(x: Tensor, weight: Tensor, *arguments: object) -> Tensor:
-    g = ConvArguments(*arguments[-5:])  # type: ignore[arg-type]
+def _weights(
+    product: _Product, codes: Codes, zeros: list[int], a: Arguments, kept: _Prepared
+) -> Sequence[Tensor | Layout]:
+    """Return the weight of each part of the input, or how to make it."""
+    key = (product.key, a.keep, torch.get_num_threads(), *(part.shape for part in codes.parts))
+    found = kept.packed.get(key)
+    if found is None:
+        while len(kept.packed) >= _MOST_SHAPES:
+            kept.packed.pop(next(iter(kept.packed)))
+        found = kept.packed[key] = _packed(product, codes, zeros, a)
+    return found
+
+
+def _packed(
+    product: _Product, codes: Codes, zeros: list[int], a: Arguments
+) -> Sequence[Tensor | Layout]:
+    shapes = [product.shape(len(a.weight), part) for part in codes.parts]
+    if not a.keep and library() is not None:
+        found = []
+        for part, zero, shape in zip(codes.parts, zeros, shapes, strict=True):
+            pack = partial(product.pack, codes=part, zero=zero)
+            key = (product.key, tuple(part.shape), shape, zero == 0, torch.get_num_threads())
+            found.append(layout_of(key, shape, pack))
+        layouts = [layout for layout in found if layout is not None]
+        if len(layouts) == len(found):
+            return layouts
+    whole = integer_weight(a).view(len(a.weight), -1, *shapes[0][2:])
+    pieces = whole.split([shape[1] for shape in shapes], dim=1)
+    return [
+        product.pack(piece.contiguous(), part, zero)
+        for piece, part, zero in zip(pieces, codes.parts, zeros, strict=True)
+    ]
+
+
+def _multiply(product: _Product, codes: Codes, a: Arguments, dtype: torch.dtype) -> Tensor:
+    """Sum the products of all parts; one static part leaves everything to oneDNN."""
+    kept = _prepare(a)
+    affine = kept.affine or [Affine(1.0, 1.0, 1 << (a.input_bits - 1))]
+    weights = _weights(product, codes, [each.zero for each in affine], a, kept)
+    static, last = codes.scales is None, len(codes.parts) - 1
+    out = dtype if static and last == 0 and dtype in calls.DTYPES else torch.float32
+    total: Tensor | None = None
+    first = 0
+    for index, (part, each, source) in enumerate(zip(codes.parts, affine, weights, strict=True)):
+        weight = source.expand(a, first) if isinstance(source, Layout) else source
+        bias = kept.bias if static and index == last and a.bias is not None else None
+        y = product.run(part, each.scale, each.zero, weight, a.scale, kept.zeros, bias, out)
+        total = y if total is None else total.add_(y)
+        first += a.columns * part.shape[1] // sum(p.shape[1] for p in codes.parts)
+    assert total is not None  # there is at least one part
+    return total.to(dtype) if static else _rescaled(total, codes.scales, kept.bias, dtype)
+
+
+def _rescaled(total: Tensor, scales: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Apply the scales of rows or images, and the bias."""
+    assert scales is not None  # of dynamic inputs
+    if total.dim() == 2 and dtype in calls.DTYPES and library() is not None:
+        return calls.rescale(total, scales, bias, dtype)
+    return (total.mul_(scales) + bias.view(-1, *[1] * (total.dim() - 2))).to(dtype)
+
+
+_TYPES = "Tensor[] codes, Tensor? scales, " + SCHEMA
+torch.library.define("dq::onednn_linear", f"({_TYPES}, ScalarType dtype) -> Tensor")
+torch.library.define(
+    "dq::onednn_conv2d",
+    f"({_TYPES}, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+    "int conv_groups, ScalarType dtype) -> Tensor",
+)
+_FIELDS = len(Arguments._fields)
+
+
+@torch.library.impl("dq::onednn_linear", "CPU")
+def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
+    return _multiply(_LINEAR, Codes(codes, scales), Arguments(*rest[:_FIELDS]), rest[-1])
+
+
+@torch.library.register_fake("dq::onednn_linear")
+def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
+    return codes[0].new_empty(codes[0].shape[0], rest[0].shape[0], dtype=rest[-1])
+
+
+@torch.library.impl("dq::onednn_conv2d", "CPU")
+def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
+    product = _Conv2d(ConvArguments(*rest[_FIELDS:-1]))
+    return _multiply(product, Codes(codes, scales), Arguments(*rest[:_FIELDS]), rest[-1])
+
+
+@torch.library.register_fake("dq::onednn_conv2d")
+def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
+    g = ConvArguments(*rest[_FIELDS:-1])
     size = [
         (extent + 2 * g.padding[i] - g.dilation[i] * (g.kernel_size[i] - 1) - 1) // g.stride[i] + 1
-        for i, extent in enumerate(x.shape[2:])
+        for i, extent in enumerate(codes[0].shape[2:])
     ]
-    y = x.new_empty(x.shape[0], weight.shape[0], *size)
+    y = codes[0].new_empty(codes[0].shape[0], rest[0].shape[0], *size, dtype=rest[-1])
     return y.contiguous(memory_format=torch.channels_last)
 
 
 def linear(x: Tensor, a: Arguments) -> Tensor:
     """Integer linear layer; see `dq.kernels.reference.linear`."""
-    return _linear_op(x, *a)
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        codes = quantized(rows, a, [])
+        y = torch.ops.dq.onednn_linear(codes.parts, codes.scales, *a, x.dtype)
+    else:
+        y = _multiply(_LINEAR, quantized(rows, a, _prepare(a).affine), a, x.dtype)
+    return y.view(*x.shape[:-1], -1)
 
 
 def conv2d(x: Tensor, a: Arguments, g: ConvArguments) -> Tensor:
     """Integer convolution; see `dq.kernels.reference.conv2d`."""
-    return _conv_op(x, *a, *g)
+    if torch.compiler.is_compiling():
+        codes = quantized(x, a, [])
+        return torch.ops.dq.onednn_conv2d(codes.parts, codes.scales, *a, *g, x.dtype)
+    return _multiply(_Conv2d(g), quantized(x, a, _prepare(a).affine), a, x.dtype)
 
 
 def _refuses(kind: str) -> Callable[[Site], str | None]:

@@ -44,6 +44,8 @@ class PackedLayer(nn.Module):
         input_affine: `(S, 2)` float32, scale and code of zero of each segment of a static input;
             None if it is dynamic or float.
         compute_dtype: Dtype that the layer expects its input in; models ask for it.
+        keep_int8: Whether kernels may keep whole numbers beside shorter codes; see
+            `dq.nn.keep_int8`.
     """
 
     spec: LayerSpec
@@ -52,6 +54,7 @@ class PackedLayer(nn.Module):
     weight_scale: Tensor
     input_affine: Tensor | None
     compute_dtype: torch.dtype
+    keep_int8: bool
     kind: str
     axis: int  # of the channels
 
@@ -79,6 +82,8 @@ class PackedLayer(nn.Module):
         if layer.bias is not None:
             bias = torch.empty(self.rows, dtype=self.compute_dtype, device=device)
             self.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+        self.keep_int8 = spec.weight.grid.bits == 8
+        self._numbers = self._describe()
         self._kernels: dict[str, Kernel | None] = {}
 
     def load_layer(self, layer: Layer) -> None:
@@ -164,22 +169,28 @@ class PackedLayer(nn.Module):
             return f"unpack to {str(self.compute_dtype).removeprefix('torch.')}, stock kernel"
         return "simulated"
 
+    def _describe(self) -> dict[str, Any]:
+        """Return what kernels must know beside the tensors."""
+        weight, low = self.spec.weight, self.spec.input
+        two_level = weight.scale_format != "float32"
+        return {
+            "weight_bits": weight.grid.bits,
+            "columns": self.columns,
+            "multiplier_bits": formats[weight.scale_format].bits if two_level else 0,
+            "groups": self.columns // weight.granularity.size if two_level else 0,
+            "input_bits": 0 if low is None else low.grid.bits,
+            "segments": list(self.spec.input_splits),
+        }
+
     def arguments(self) -> Arguments:
         """Return the stored tensors in the form that kernels take."""
-        weight, low = self.spec.weight, self.spec.input
-        assert low is not None  # kernels serve quantized inputs only
-        two_level = weight.scale_format != "float32"
         return Arguments(
             weight=self.weight,
             scale=self.weight_scale,
             bias=self.bias,
             input_affine=self.input_affine,
-            weight_bits=weight.grid.bits,
-            columns=self.columns,
-            multiplier_bits=formats[weight.scale_format].bits if two_level else 0,
-            groups=self.columns // weight.granularity.size if two_level else 0,
-            input_bits=low.grid.bits,
-            segments=list(self.spec.input_splits),
+            **self._numbers,
+            keep=self.keep_int8,
         )
 
     def _simulated_input(self, x: Tensor) -> Tensor:

@@ -1,0 +1,182 @@
+"""The compiled functions with tensors as arguments. Callers ask `library()` first."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dq.kernels.kernel import Arguments
+from dq.kernels.native.build import library
+from dq.packing import packed_length
+
+__all__ = [
+    "DTYPES",
+    "attention",
+    "expand",
+    "has_attention",
+    "quantize_planes",
+    "quantize_rows",
+    "quantize_tokens",
+    "rescale",
+]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations; as in common.h
+
+_Strides = ctypes.c_int64 * 3
+_int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+# Types of the arguments, as the sources declare them.
+_SIGNATURES: dict[str, tuple[type[Any], ...]] = {
+    "dq_quantize_rows": (_at, _int, _long, _long, _long, _float, _int, _int, _at),
+    "dq_quantize_planes": (_at, _int, _long, _long, _float, _int, _int, _at),
+    "dq_quantize_tokens": (_at, _int, _long, _long, _long, _int, _at, _at),
+    "dq_rescale": (_at, _long, _long, _at, _at, _at, _int),
+    "dq_expand": (_at, *[_long] * 5, _int, _int, _long, _long, *[_at] * 4),
+    "dq_attention": (*[_at] * 4, *[_Strides] * 4, *[_long] * 5, _float),
+    "dq_has_attention": (),
+}
+
+
+@functools.cache
+def _function(name: str) -> Callable[..., int]:
+    found = library()
+    assert found is not None  # callers have asked
+    function = getattr(found, name)
+    function.argtypes = _SIGNATURES[name]
+    return cast(Callable[..., int], function)
+
+
+def quantize_rows(x: Tensor, inverse: float, zero: int, top: int) -> Tensor:
+    """Return `clamp(round(x * inverse) + zero, 0, top)`, uint8, dense.
+
+    Args:
+        x: `(R, C)` float32 or bfloat16, columns side by side.
+        inverse: One over the scale, a float32 number.
+        zero: Code of zero.
+        top: Largest code.
+    """
+    rows, columns = x.shape
+    out = torch.empty(rows, columns, dtype=torch.uint8)
+    _function("dq_quantize_rows")(
+        x.data_ptr(), DTYPES[x.dtype], rows, columns, x.stride(0),
+        inverse, zero, top, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def quantize_planes(x: Tensor, inverse: float, zero: int, top: int) -> Tensor:
+    """Return codes of images, channels last.
+
+    Args:
+        x: `(B, C, H, W)`, each image dense with its pixels side by side.
+        inverse: One over the scale, a float32 number.
+        zero: Code of zero.
+        top: Largest code.
+    """
+    batch, channels, height, width = x.shape
+    out = torch.empty(
+        x.shape, dtype=torch.uint8, memory_format=torch.channels_last, device=x.device
+    )
+    for index in range(batch):
+        _function("dq_quantize_planes")(
+            x[index].data_ptr(), DTYPES[x.dtype], channels, height * width,
+            inverse, zero, top, out[index].data_ptr(),
+        )  # fmt: skip
+    return out
+
+
+def quantize_tokens(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Return codes `(R, C)` and scales `(R, 1)`, one symmetric scale a row.
+
+    Args:
+        x: `(R, C)` float32 or bfloat16, columns side by side.
+        top: Largest code; the code of zero is `(top + 1) / 2`.
+    """
+    rows, columns = x.shape
+    out = torch.empty(rows, columns, dtype=torch.uint8)
+    scales = torch.empty(rows, 1)
+    _function("dq_quantize_tokens")(
+        x.data_ptr(), DTYPES[x.dtype], rows, columns, x.stride(0), top,
+        out.data_ptr(), scales.data_ptr(),
+    )  # fmt: skip
+    return out, scales
+
+
+def rescale(x: Tensor, scales: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x * scales + bias` in `dtype`.
+
+    Args:
+        x: `(R, N)` float32, dense.
+        scales: `(R, 1)` float32.
+        bias: `(N,)` float32.
+        dtype: One of `DTYPES`.
+    """
+    y = torch.empty(x.shape, dtype=dtype)
+    _function("dq_rescale")(
+        x.data_ptr(), x.shape[0], x.shape[1], scales.data_ptr(), bias.data_ptr(),
+        y.data_ptr(), DTYPES[dtype],
+    )  # fmt: skip
+    return y
+
+
+def expand(
+    a: Arguments, first: int, row_offsets: Tensor, column_offsets: Tensor, out: int, sums: int
+) -> None:
+    """Write packed weights as int8 into memory that is laid out as the offsets say.
+
+    Args:
+        a: The stored weight.
+        first: The first column that is written.
+        row_offsets: `(N,)` int32.
+        column_offsets: `(C,)` int32, of the C columns from `first` on.
+        out: Address of the int8 weights.
+        sums: Address where minus the sum of each row is written as int32; 0 for nowhere.
+
+    Raises:
+        MemoryError: If there is none.
+    """
+    failed = _function("dq_expand")(
+        a.weight.data_ptr(), a.weight.stride(0), packed_length(a.columns, a.weight_bits),
+        len(a.weight), a.columns, a.groups, a.weight_bits, a.multiplier_bits,
+        first, len(column_offsets), row_offsets.data_ptr(), column_offsets.data_ptr(), out, sums,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory to expand a weight")
+
+
+def has_attention() -> bool:
+    """Whether the library can compute `attention`: it needs AVX512-BF16."""
+    found = library()
+    return found is not None and bool(_function("dq_has_attention")())
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return `softmax(scale * q k^T) v`.
+
+    Args:
+        q: `(B, H, N, D)` bfloat16 in any layout whose features lie side by side.
+        k: `(B, H, M, D)` likewise.
+        v: `(B, H, M, D)` likewise.
+        scale: Positive.
+
+    Returns:
+        `(B, H, N, D)` bfloat16; the heads of a token lie side by side.
+
+    Raises:
+        MemoryError: If there is none.
+    """
+    batch, heads, tokens, depth = q.shape
+    out = torch.empty(batch, tokens, heads, depth, dtype=torch.bfloat16).transpose(1, 2)
+    failed = _function("dq_attention")(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
+        *(_Strides(*t.stride()[:3]) for t in (q, k, v, out)),
+        batch, heads, tokens, k.shape[2], depth, scale,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for attention")
+    return out
