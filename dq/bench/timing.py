@@ -49,19 +49,19 @@ class Times:
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]], rounds: int, title: str
+    runs: Mapping[str, Callable[[], object]], rounds: int, title: str | None = None
 ) -> dict[str, Times]:
     """Time all runs, each once in every round, so that a slow minute slows all of them.
 
     Args:
         runs: What to call, by name.
         rounds: How often.
-        title: Words in front of the progress bar.
+        title: Words in front of the progress bar; None for none.
     """
     for run in list(runs.values()) * _WARMUP:
         run()
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in track(range(rounds), title):
+    for _ in range(rounds) if title is None else track(range(rounds), title):
         for name, run in runs.items():
             taken[name].append(_time(run))
     return {name: Times(*zip(*pairs, strict=True)) for name, pairs in taken.items()}

@@ -39,7 +39,7 @@ class _Prepared:
 
     Attributes:
         stamp: Tells the contents of the stored tensors from later ones.
-        affine: Scales of the input.
+        affine: Scales of the parts of the input; 1 where they are dynamic.
         bias: float32; zeros if the layer has none.
         zeros: Codes of zero of the weight's rows.
         packed: By input shape: the parts of the weight in oneDNN's layout, or how to make them.
@@ -70,7 +70,9 @@ def _prepare(a: Arguments) -> _Prepared:
     if known is None or known.stamp != stamp:
         rows = len(a.weight)
         bias = torch.zeros(rows) if a.bias is None else a.bias.detach().float()
-        known = _Prepared(stamp, affine_of(a), bias, torch.zeros(rows, dtype=torch.int32))
+        unscaled = [Affine(1.0, 1.0, 1 << (a.input_bits - 1))]  # what dynamic inputs are to oneDNN
+        zeros = torch.zeros(rows, dtype=torch.int32)
+        known = _Prepared(stamp, affine_of(a) or unscaled, bias, zeros)
         _prepared[a.weight] = known
     return known
 
@@ -151,15 +153,16 @@ _LINEAR = _Linear()
 
 
 def _weights(
-    product: _Product, codes: Codes, zeros: list[int], a: Arguments, kept: _Prepared
+    product: _Product, codes: Codes, a: Arguments, kept: _Prepared
 ) -> Sequence[Tensor | Layout]:
     """Return the weight of each part of the input, or how to make it."""
-    key = (product.key, a.keep, torch.get_num_threads(), *(part.shape for part in codes.parts))
+    shape = codes.parts[0].shape  # that of the others follows: a layer's segments are what they are
+    key = (product.key, a.keep, torch.get_num_threads(), shape)
     found = kept.packed.get(key)
     if found is None:
         while len(kept.packed) >= _MOST_SHAPES:
             kept.packed.pop(next(iter(kept.packed)))
-        found = kept.packed[key] = _packed(product, codes, zeros, a)
+        found = kept.packed[key] = _packed(product, codes, [e.zero for e in kept.affine], a)
     return found
 
 
@@ -184,21 +187,26 @@ def _packed(
     ]
 
 
-def _multiply(product: _Product, codes: Codes, a: Arguments, dtype: torch.dtype) -> Tensor:
+def _multiply(
+    product: _Product, codes: Codes, a: Arguments, kept: _Prepared, dtype: torch.dtype
+) -> Tensor:
     """Sum the products of all parts; one static part leaves everything to oneDNN."""
-    kept = _prepare(a)
-    affine = kept.affine or [Affine(1.0, 1.0, 1 << (a.input_bits - 1))]
-    weights = _weights(product, codes, [each.zero for each in affine], a, kept)
+    weights = _weights(product, codes, a, kept)
     static, last = codes.scales is None, len(codes.parts) - 1
     out = dtype if static and last == 0 and dtype in calls.DTYPES else torch.float32
+    bias = kept.bias if static and a.bias is not None else None
     total: Tensor | None = None
     first = 0
-    for index, (part, each, source) in enumerate(zip(codes.parts, affine, weights, strict=True)):
+    for index, (part, each, source) in enumerate(
+        zip(codes.parts, kept.affine, weights, strict=True)
+    ):
         weight = source.expand(a, first) if isinstance(source, Layout) else source
-        bias = kept.bias if static and index == last and a.bias is not None else None
-        y = product.run(part, each.scale, each.zero, weight, a.scale, kept.zeros, bias, out)
+        y = product.run(
+            part, each.scale, each.zero, weight, a.scale, kept.zeros,
+            bias if index == last else None, out,
+        )  # fmt: skip
         total = y if total is None else total.add_(y)
-        first += a.columns * part.shape[1] // sum(p.shape[1] for p in codes.parts)
+        first += a.columns * part.shape[1] // (sum(a.segments) or part.shape[1])
     assert total is not None  # there is at least one part
     return total.to(dtype) if static else _rescaled(total, codes.scales, kept.bias, dtype)
 
@@ -223,7 +231,8 @@ _FIELDS = len(Arguments._fields)
 
 @torch.library.impl("dq::onednn_linear", "CPU")
 def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
-    return _multiply(_LINEAR, Codes(codes, scales), Arguments(*rest[:_FIELDS]), rest[-1])
+    a = Arguments(*rest[:_FIELDS])
+    return _multiply(_LINEAR, Codes(codes, scales), a, _prepare(a), rest[-1])
 
 
 @torch.library.register_fake("dq::onednn_linear")
@@ -233,8 +242,8 @@ def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
 
 @torch.library.impl("dq::onednn_conv2d", "CPU")
 def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
-    product = _Conv2d(ConvArguments(*rest[_FIELDS:-1]))
-    return _multiply(product, Codes(codes, scales), Arguments(*rest[:_FIELDS]), rest[-1])
+    a, g = Arguments(*rest[:_FIELDS]), ConvArguments(*rest[_FIELDS:-1])
+    return _multiply(_Conv2d(g), Codes(codes, scales), a, _prepare(a), rest[-1])
 
 
 @torch.library.register_fake("dq::onednn_conv2d")
@@ -255,7 +264,8 @@ def linear(x: Tensor, a: Arguments) -> Tensor:
         codes = quantized(rows, a, [])
         y = torch.ops.dq.onednn_linear(codes.parts, codes.scales, *a, x.dtype)
     else:
-        y = _multiply(_LINEAR, quantized(rows, a, _prepare(a).affine), a, x.dtype)
+        kept = _prepare(a)
+        y = _multiply(_LINEAR, quantized(rows, a, kept.affine), a, kept, x.dtype)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -264,7 +274,8 @@ def conv2d(x: Tensor, a: Arguments, g: ConvArguments) -> Tensor:
     if torch.compiler.is_compiling():
         codes = quantized(x, a, [])
         return torch.ops.dq.onednn_conv2d(codes.parts, codes.scales, *a, *g, x.dtype)
-    return _multiply(_Conv2d(g), quantized(x, a, _prepare(a).affine), a, x.dtype)
+    kept = _prepare(a)
+    return _multiply(_Conv2d(g), quantized(x, a, kept.affine), a, kept, x.dtype)
 
 
 def _refuses(kind: str) -> Callable[[Site], str | None]:
