@@ -90,7 +90,7 @@ _NAMES: dict[str, Any] = {"F": _functional(), "dispatch_attention_fn": dispatch_
 def _rebuilt(kind: type, state: dict[str, Any]) -> Any:
     """Make a processor again from what a pickle or a copy knows of it."""
     faster = _faster(kind) or kind
-    made = object.__new__(faster)
+    made: Any = object.__new__(faster)
     made.__dict__.update(state)
     return made
 
@@ -135,8 +135,9 @@ def install(model: nn.Module) -> int:
         processor = getattr(module, "processor", None)
         if processor is None or hasattr(processor, "_dq_original"):
             continue
-        if _faster(type(processor)) is not None:
-            module.processor = _rebuilt(type(processor), dict(vars(processor)))
+        kind: type = type(processor)
+        if _faster(kind) is not None:
+            module.processor = _rebuilt(kind, dict(vars(processor)))
             count += 1
     return count
 

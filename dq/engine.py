@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dq import attention
+from dq import runtime
 from dq.calibrate import Calibration, InputRanges, Source
 from dq.errors import DQError
 from dq.family import family_of
@@ -75,7 +75,7 @@ def _run(job: Job, recipe: Recipe) -> Plan:
             _set_ranges(model, ranges)
             method.tune(job)
         pack_model(model)
-        attention.install(model)
+        runtime.install(model)
     except BaseException:
         uninstall(model)
         raise

@@ -23,7 +23,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from dq import attention, checksum
+from dq import checksum, runtime
 from dq.arrivals import Arrivals, leaf
 from dq.engine import decide
 from dq.errors import DQError, inside, unknown
@@ -268,7 +268,7 @@ class DQQuantizer(DiffusersQuantizer):
         for layer in packed_layers(model).values():
             layer.compute_dtype = self.compute_dtype
         _align(model)
-        attention.install(model)
+        runtime.install(model)
         self._stash, self._arrivals, self._names = {}, None, []
         digest = digest or checksum.of_model(model, self.plan)
         _record(model, self, DQConfig(plan=self.plan, digest=digest))
@@ -292,7 +292,7 @@ class DQQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         unpack_model(model)
-        attention.uninstall(model)
+        runtime.uninstall(model)
         detach(model)
         return model
 

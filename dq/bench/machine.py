@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -76,7 +77,7 @@ def _attention(shape: Shape) -> Runs:
         for tokens in (shape.first, shape.second, shape.second)
     )
     scale = shape.third**-0.5
-    return {name: lambda way=WAYS[name]: way(q, k, v, scale) for name in available()}
+    return {name: partial(WAYS[name], q, k, v, scale) for name in available()}
 
 
 def _linear(shape: Shape) -> Runs:

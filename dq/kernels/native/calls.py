@@ -18,6 +18,7 @@ __all__ = [
     "DTYPES",
     "attention",
     "expand",
+    "group_norm",
     "has_attention",
     "quantize_planes",
     "quantize_rows",
@@ -38,6 +39,7 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
     "dq_rescale": (_at, _long, _long, _at, _at, _at, _int),
     "dq_expand": (_at, *[_long] * 5, _int, _int, _long, _long, *[_at] * 4),
     "dq_attention": (*[_at] * 4, *[_Strides] * 4, *[_long] * 5, _float),
+    "dq_group_norm": (_at, _int, _long, _long, _long, _long, _float, _at, _at, _at),
     "dq_has_attention": (),
 }
 
@@ -180,3 +182,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if failed:
         raise MemoryError("no memory for attention")
     return out
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Return images normalized group by group, channels last.
+
+    Args:
+        x: `(B, C, H, W)` float32 or bfloat16, channels last.
+        groups: Of channels.
+        weight: `(C,)` float32.
+        bias: `(C,)` float32.
+        epsilon: Added to variances.
+
+    Raises:
+        MemoryError: If there is none.
+    """
+    batch, channels, height, width = x.shape
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    failed = _function("dq_group_norm")(
+        x.data_ptr(), DTYPES[x.dtype], batch, height * width, channels, groups, epsilon,
+        weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for a group norm")
+    return y
