@@ -110,8 +110,9 @@ def _faster(kind: type) -> type | None:
     if not found:
         return None
     names = {**call.__globals__, **found}
+    del names["__name__"]  # torch.compile would look the names up in the module that is called so
     made = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
-    made.__kwdefaults__ = call.__kwdefaults__
+    made.__kwdefaults__, made.__module__ = call.__kwdefaults__, call.__module__
     made.__signature__ = inspect.signature(call)  # type: ignore[attr-defined] # read at every call
     body = {
         "__call__": made,
