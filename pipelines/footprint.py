@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dq.kernels.layout import scratch_bytes
 from dq.nn import matrix_shape, packed_layers
 from dq.nn.packed import TENSORS
 
@@ -47,6 +48,7 @@ class Footprint:
         stored_bytes: Bytes of all tensors, packed and float.
         planned_bytes: The same, from what the plan's bits say alone.
         resident_bytes: Bytes in memory now, with the copies that kernels have made.
+        scratch_bytes: Bytes in which weights are expanded, shared by all models of a thread.
         float_bytes: Bytes without quantization in the same compute dtype.
         average_weight_bits: Bits of codes, scales and zero points a weight, over packed layers.
         layers: One report a packed layer.
@@ -57,6 +59,7 @@ class Footprint:
     stored_bytes: int
     planned_bytes: int
     resident_bytes: int
+    scratch_bytes: int
     float_bytes: int
     average_weight_bits: float
     layers: tuple[LayerReport, ...]
@@ -119,6 +122,7 @@ def footprint(model: nn.Module) -> Footprint:
         stored_bytes=stored,
         planned_bytes=total,
         resident_bytes=stored + extra,
+        scratch_bytes=scratch_bytes(),
         float_bytes=float_bytes + sum(map(_bytes, outside.values())),
         average_weight_bits=8 * packed / weights if weights else 0.0,
         layers=tuple(reports),

@@ -16,12 +16,12 @@ from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dq import checkpoints, checksum
+from dq import checkpoints, checksum, runtime
 from dq.engine import decide, quantize
 from dq.errors import DQError, inside, unknown
 from dq.family import families
 from dq.integration import DQConfig, DQQuantizer, attach
-from dq.nn import packed_layers
+from dq.nn import keep_int8, packed_layers
 from dq.pipelines.draw import PipelineSource
 from dq.pipelines.footprint import Footprint, footprint
 from dq.plan import Plan
@@ -173,6 +173,34 @@ class DQPipeline:
                 )
         return super().to(*args, **kwargs)  # type: ignore[misc]
 
+    def keep_int8(self, keep: bool) -> None:
+        """Trade memory for speed on a CPU; see `dq.nn.keep_int8`.
+
+        Args:
+            keep: Whether weights may lie beside their codes as int8, a byte each. By default those
+                of 8 bits do, and shorter ones are expanded at every call.
+        """
+        keep_int8(self.denoiser, keep)
+
+    def remember_prompts(self, yes: bool) -> None:
+        """Compute k and v of a prompt once a generation (the default), or at every step.
+
+        Args:
+            yes: Whether; the images are the same.
+        """
+        runtime.remember_prompts(self.denoiser, yes)
+
+    def compile_blocks(self, **options: Any) -> int:
+        """Compile the denoiser's blocks one by one; see `dq.runtime.compile_blocks`.
+
+        Args:
+            **options: For `torch.compile`.
+
+        Returns:
+            Number of compiled blocks.
+        """
+        return runtime.compile_blocks(self.denoiser, **options)
+
     def footprint(self) -> Footprint:
         """Count the bytes and bits of the denoiser."""
         return footprint(self.denoiser)
@@ -185,7 +213,8 @@ class DQPipeline:
             f"{len(count.layers)} layers packed",
             f"  size     {count.stored_bytes / 1e6:.2f} MB, "
             f"float {count.float_bytes / 1e6:.2f} MB; "
-            f"in memory now {count.resident_bytes / 1e6:.2f} MB",
+            f"in memory now {count.resident_bytes / 1e6:.2f} MB"
+            f" and {count.scratch_bytes / 1e6:.2f} MB of scratch",
             f"  bits     {count.average_weight_bits:.2f} a weight, scales included",
         ]
         for path, (layers, weights) in count.paths().items():

@@ -12,7 +12,7 @@ LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.checkpoints",
     "dq.formats dq.spec dq.quantize dq.scales dq.observers dq.storage",
     "dq.plan",
-    "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.tune dq.family",
+    "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.tune dq.family dq.runtime",
     "dq.method dq.engine dq.recipe dq.integration dq.registration",
     "dq.methods",
     "dq.pipelines dq.eval",

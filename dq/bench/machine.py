@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from dq.bench.report import Machine
 from dq.bench.timing import interleave, threads_set
-from dq.kernels import Arguments, Site, choose
+from dq.kernels import Arguments, onednn
 from dq.kernels.attention import WAYS, available
+from dq.kernels.inputs import affine_of
 from dq.kernels.measured import Entry, Shape, Table
+from dq.kernels.native import calls, library
+from dq.packing import packed_length
 from dq.progress import track
 
 __all__ = ["ATTENTION", "LINEAR", "measure"]
@@ -20,14 +25,16 @@ __all__ = ["ATTENTION", "LINEAR", "measure"]
 Runs = dict[str, Callable[[], object]]
 
 # Queries, keys, features of a head.
-ATTENTION = tuple(
-    Shape(queries, keys, depth)
+ATTENTION: tuple[Shape, ...] = tuple(
+    (queries, keys, depth)
     for queries, keys in ((64, 64), (256, 77), (256, 256), (1024, 77), (1024, 1024), (4096, 4096))
     for depth in (16, 40, 64, 128)
 )
-# Rows of the input, K, N.
-LINEAR = tuple(
-    Shape(rows, width, width) for rows in (2, 32, 512) for width in (16, 32, 64, 128, 256, 512)
+# Rows of the input, and weights of a square layer.
+LINEAR: tuple[Shape, ...] = tuple(
+    (rows, width * width)
+    for rows in (2, 8, 16, 32, 64, 128, 256, 512, 1024)
+    for width in (32, 64, 128, 256, 512, 1024)
 )
 _HEADS = 4
 
@@ -69,41 +76,45 @@ def _entries(
 
 
 def _attention(shape: Shape) -> Runs:
+    queries, keys, depth = shape
     q, k, v = (
-        torch.randn(1, tokens, _HEADS * shape.third)
-        .bfloat16()
-        .unflatten(2, (_HEADS, shape.third))
-        .transpose(1, 2)
-        for tokens in (shape.first, shape.second, shape.second)
+        torch.randn(1, tokens, _HEADS * depth).bfloat16().unflatten(2, (_HEADS, -1)).transpose(1, 2)
+        for tokens in (queries, keys, keys)
     )
-    scale = shape.third**-0.5
+    scale = depth**-0.5
     return {name: partial(WAYS[name], q, k, v, scale) for name in available()}
 
 
 def _linear(shape: Shape) -> Runs:
-    rows, columns, features = shape
-    x, weight = torch.randn(rows, columns).bfloat16(), torch.randn(features, columns).bfloat16()
-    bias = torch.randn(features).bfloat16()
-    static = Arguments(
-        weight=torch.randint(256, (features, columns), dtype=torch.uint8),
-        scale=torch.full((features,), 0.01),
+    rows, width = shape[0], math.isqrt(shape[1])
+    x, weight = torch.randn(rows, width).bfloat16(), torch.randn(width, width).bfloat16()
+    bias = torch.randn(width).bfloat16()
+    runs: Runs = {"bf16": lambda: F.linear(x, weight, bias)}
+    for bits, suffix in ((8, ""), (4, ", 4 bits")):
+        for way in ("rows", "oneDNN"):
+            a = _layer(width, bias, bits)
+            if way == "oneDNN":
+                runs[way + suffix] = partial(onednn.product, x, a)
+            elif library() is not None:
+                affine, zeros = affine_of(a)[0], bias.float()
+                runs[way + suffix] = partial(calls.linear_rows, x, a, affine, zeros)
+    return runs
+
+
+def _layer(width: int, bias: Tensor, bits: int) -> Arguments:
+    """Return a square layer with random codes; shorter ones than 8 bits in groups of 32."""
+    groups = 0 if bits == 8 else width // 32
+    length = packed_length(width, bits) + (packed_length(groups, 8 - bits) if groups else 0)
+    return Arguments(
+        weight=torch.randint(256, (width, length), dtype=torch.uint8),
+        scale=torch.full((width,), 0.01),
         bias=bias,
         input_affine=torch.tensor([[0.03, 128.0]]),
-        weight_bits=8,
-        columns=columns,
-        multiplier_bits=0,
-        groups=0,
+        weight_bits=bits,
+        columns=width,
+        multiplier_bits=8 - bits if groups else 0,
+        groups=groups,
         input_bits=8,
         segments=[],
+        keep=bits == 8,
     )
-    kernel = choose(Site("linear", "cpu", features, columns, "int8", "int8"))
-    assert kernel is not None  # integers are served on every CPU
-    # Each has a weight of its own: what kernels keep belongs to a weight.
-    dynamic = static._replace(weight=static.weight.clone(), input_affine=None)
-    fresh = static._replace(weight=static.weight.clone(), keep=False)
-    return {
-        "bf16": lambda: F.linear(x, weight, bias),
-        "int8": lambda: kernel.run(x, static),
-        "int8, dynamic": lambda: kernel.run(x, dynamic),
-        "int8, expanded at each call": lambda: kernel.run(x, fresh),
-    }

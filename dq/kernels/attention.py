@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dq.kernels.measured import Shape, fastest
+from dq.kernels.measured import fastest
 from dq.kernels.native import calls
 
 __all__ = ["WAYS", "attention", "available", "serves"]
@@ -69,7 +69,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    shape = Shape(q.shape[2], k.shape[2], q.shape[3])
+    shape = q.shape[2], k.shape[2], q.shape[3]
     return WAYS[fastest("attention", shape, tuple(available()))](q, k, v, scale)
 
 

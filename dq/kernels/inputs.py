@@ -13,18 +13,10 @@ import torch
 from torch import Tensor
 
 from dq.kernels.integer import input_parts
-from dq.kernels.kernel import Arguments
+from dq.kernels.kernel import Affine, Arguments
 from dq.kernels.native import calls, library
 
-__all__ = ["Affine", "Codes", "affine_of", "quantized"]
-
-
-class Affine(NamedTuple):
-    """Scale of an input segment, one over it (float32 numbers), and the code of zero."""
-
-    scale: float
-    inverse: float
-    zero: int
+__all__ = ["Codes", "affine_of", "quantized"]
 
 
 class Codes(NamedTuple):

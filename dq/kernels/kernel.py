@@ -13,7 +13,17 @@ from torch import Tensor
 
 from dq.registry import Registry
 
-__all__ = ["SCHEMA", "Arguments", "ConvArguments", "Kernel", "Site", "choose", "kernels"]
+__all__ = [
+    "SCHEMA",
+    "Affine",
+    "Arguments",
+    "ConvArguments",
+    "Kernel",
+    "Site",
+    "choose",
+    "kernels",
+    "stamp_of",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,23 @@ SCHEMA = (
     "Tensor weight, Tensor scale, Tensor? bias, Tensor? input_affine, int weight_bits, "
     "int columns, int multiplier_bits, int groups, int input_bits, int[] segments, bool keep"
 )
+
+
+def stamp_of(a: Arguments) -> tuple[int, ...]:
+    """Tell one content of the tensors from the next: moved or overwritten ones are another."""
+    stamp: list[int] = []
+    for tensor in (a.weight, a.bias, a.input_affine):
+        if tensor is not None:
+            stamp += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return tuple(stamp)
+
+
+class Affine(NamedTuple):
+    """Scale of an input segment, one over it (float32 numbers), and the code of zero."""
+
+    scale: float
+    inverse: float
+    zero: int
 
 
 class ConvArguments(NamedTuple):

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from dq.errors import DQError
 from dq.folders import cache_folder
@@ -22,19 +22,14 @@ __all__ = ["Entry", "Shape", "Table", "fastest", "table"]
 _SHIPPED = Path(__file__).with_name("measured.json")
 
 
-class Shape(NamedTuple):
-    """Three extents that decide a choice.
+# The extents that decide. Attention: queries, keys, features of a head. Linear layers: rows of the
+# input, and weights, K times N.
+Shape = tuple[int, ...]
 
-    For attention queries, keys and features of a head; for layers rows of the input, and K and N.
-    """
 
-    first: int
-    second: int
-    third: int
-
-    def distance(self, other: Shape) -> float:
-        """Return how far apart two shapes are, in factors of e."""
-        return sum(abs(math.log(a / b)) for a, b in zip(self, other, strict=True))
+def _distance(one: Shape, other: Shape) -> float:
+    """Return how far apart two shapes are, in factors of e."""
+    return sum(abs(math.log(a / b)) for a, b in zip(one, other, strict=True))
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,16 @@ class Table:
 
     def nearest(self, kind: str, shape: Shape) -> Entry:
         """Return the entry whose size is nearest, in the logarithm."""
-        return min(self.entries[kind], key=lambda entry: entry.shape.distance(shape))
+        return min(self.entries[kind], key=lambda entry: _distance(entry.shape, shape))
+
+    def __str__(self) -> str:
+        """Return the file's text: JSON, an entry a line."""
+        lines = [f' "machine": {json.dumps(self.machine)}']
+        for kind, entries in self.to_dict().items():
+            if kind != "machine":
+                rows = ",\n  ".join(map(json.dumps, entries))
+                lines.append(f" {json.dumps(kind)}: [\n  {rows}\n ]")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -87,7 +91,7 @@ class Table:
             values = json.loads(file.read_text(encoding="utf-8"))
             machine = values.pop("machine")
             entries = {
-                kind: tuple(Entry(Shape(*e["shape"]), e["milliseconds"]) for e in some)
+                kind: tuple(Entry(tuple(e["shape"]), e["milliseconds"]) for e in some)
                 for kind, some in values.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,7 +105,7 @@ class Table:
         file = _own()
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(str(self), encoding="utf-8")
         partial.replace(file)
         return file
 

@@ -21,14 +21,24 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dq.kernels import reference
-from dq.kernels.inputs import Affine, Codes, affine_of, quantized
+from dq.kernels.inputs import Codes, affine_of, quantized
 from dq.kernels.integer import integer_weight
-from dq.kernels.kernel import SCHEMA, Arguments, ConvArguments, Kernel, Site, kernels
+from dq.kernels.kernel import (
+    SCHEMA,
+    Affine,
+    Arguments,
+    ConvArguments,
+    Kernel,
+    Site,
+    kernels,
+    stamp_of,
+)
 from dq.kernels.layout import Layout, layout_of
+from dq.kernels.measured import fastest
 from dq.kernels.native import calls, library
 from dq.kernels.sample import conv_sample, linear_sample
 
-__all__ = ["conv2d", "linear", "resident_bytes"]
+__all__ = ["conv2d", "forget", "linear", "product", "resident_bytes"]
 
 _MOST_SHAPES = 2  # packed copies kept of one weight; a generation meets one shape, CFG off adds one
 
@@ -55,18 +65,9 @@ class _Prepared:
 _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _stamp(a: Arguments) -> tuple[object, ...]:
-    """Tell one content of the tensors from the next: moved or overwritten ones are read anew."""
-    stamp: list[object] = []
-    for tensor in (a.weight, a.bias, a.input_affine):
-        if tensor is not None:
-            stamp += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-    return tuple(stamp)
-
-
 def _prepare(a: Arguments) -> _Prepared:
     known: _Prepared | None = _prepared.get(a.weight)
-    stamp = _stamp(a)
+    stamp = stamp_of(a)
     if known is None or known.stamp != stamp:
         rows = len(a.weight)
         bias = torch.zeros(rows) if a.bias is None else a.bias.detach().float()
@@ -82,6 +83,11 @@ def resident_bytes(weight: Tensor) -> int:
     known: _Prepared | None = _prepared.get(weight)
     kept = [] if known is None else [each for parts in known.packed.values() for each in parts]
     return sum(int(torch.ops.mkldnn._nbytes(each)) for each in kept if isinstance(each, Tensor))
+
+
+def forget(weight: Tensor) -> None:
+    """Drop what is kept beside a stored weight."""
+    _prepared.pop(weight, None)
 
 
 class _Product(Protocol):
@@ -257,6 +263,47 @@ def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last)
 
 
+def product(x: Tensor, a: Arguments, codes: Codes | None = None) -> Tensor:
+    """Integer linear layer through oneDNN, whatever its size.
+
+    Args:
+        x: `(R, K)`.
+        a: The layer.
+        codes: Of `x`, if they are known.
+    """
+    kept = _prepare(a)
+    if codes is None:
+        codes = quantized(x, a, kept.affine)
+    return _multiply(_LINEAR, codes, a, kept, x.dtype)
+
+
+_WAYS = {True: ("rows", "oneDNN"), False: ("rows, 4 bits", "oneDNN, 4 bits")}  # by `keep`
+
+
+def _few(rows: Tensor, a: Arguments) -> bool:
+    """Whether an input has so few rows that a call of oneDNN costs more than the product."""
+    if library() is None or rows.dtype not in calls.DTYPES or a.segments or rows.stride(1) != 1:
+        return False
+    shape = len(rows), a.columns * len(a.weight)
+    return fastest("linear", shape, _WAYS[a.keep]).startswith("rows")
+
+
+def _shared(x: Tensor, rows: Tensor, a: Arguments, kept: _Prepared) -> Codes:
+    """Quantize an input once for all layers that see it, such as q, k and v.
+
+    Codes travel with the tensor that they were made of, and die with it.
+    """
+    if x.is_inference():  # such tensors do not tell whether they have changed
+        return quantized(rows, a, kept.affine)
+    key = (x._version, a.input_bits, a.input_affine is None, kept.affine)
+    known = getattr(x, "_dq_codes", None)
+    if known is None or known[0] != key:
+        known = key, quantized(rows, a, kept.affine)
+        x._dq_codes = known  # type: ignore[attr-defined]
+    codes: Codes = known[1]
+    return codes
+
+
 def linear(x: Tensor, a: Arguments) -> Tensor:
     """Integer linear layer; see `dq.kernels.reference.linear`."""
     rows = x.reshape(-1, x.shape[-1])
@@ -265,7 +312,11 @@ def linear(x: Tensor, a: Arguments) -> Tensor:
         y = torch.ops.dq.onednn_linear(codes.parts, codes.scales, *a, x.dtype)
     else:
         kept = _prepare(a)
-        y = _multiply(_LINEAR, quantized(rows, a, kept.affine), a, kept, x.dtype)
+        if _few(rows, a):
+            affine = kept.affine[0] if a.input_affine is not None else None
+            y = calls.linear_rows(rows, a, affine, kept.bias)
+        else:
+            y = product(rows, a, _shared(x, rows, a, kept))
     return y.view(*x.shape[:-1], -1)
 
 

@@ -4,7 +4,15 @@ from dq.nn.layers import describe, matrix_shape
 from dq.nn.packed import PackedConv2d, PackedLayer, PackedLinear
 from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantConv2d, QuantLayer, QuantLinear
-from dq.nn.swap import empty_packed, install, pack_model, packed_layers, uninstall, unpack_model
+from dq.nn.swap import (
+    empty_packed,
+    install,
+    keep_int8,
+    pack_model,
+    packed_layers,
+    uninstall,
+    unpack_model,
+)
 
 __all__ = [
     "PackedConv2d",
@@ -17,6 +25,7 @@ __all__ = [
     "describe",
     "empty_packed",
     "install",
+    "keep_int8",
     "matrix_shape",
     "pack_model",
     "packed_layers",

@@ -19,6 +19,7 @@ from dq.progress import track
 __all__ = [
     "empty_packed",
     "install",
+    "keep_int8",
     "pack_model",
     "packed_layers",
     "replace",
@@ -114,3 +115,17 @@ def unpack_model(model: nn.Module) -> None:
     for name, layer in packed_layers(model).items():
         weight = layer.float_weight().to(layer.compute_dtype)
         replace(model, name, _plain(layer, nn.Parameter(weight, requires_grad=False)))
+
+
+def keep_int8(model: nn.Module, keep: bool) -> None:
+    """Say whether packed weights may lie beside their codes as int8, ready to be multiplied.
+
+    By default those with 8-bit codes do, and shorter ones are expanded at every call.
+
+    Args:
+        model: The denoiser.
+        keep: True is faster with short codes, a byte a weight; False saves the second byte of 8-bit
+            ones.
+    """
+    for layer in packed_layers(model).values():
+        layer.keep(keep)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dq.kernels.kernel import Arguments
+from dq.kernels.kernel import Affine, Arguments
 from dq.kernels.native.build import library
 from dq.packing import packed_length
 
@@ -20,6 +20,7 @@ __all__ = [
     "expand",
     "group_norm",
     "has_attention",
+    "linear_rows",
     "quantize_planes",
     "quantize_rows",
     "quantize_tokens",
@@ -38,6 +39,27 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
     "dq_quantize_tokens": (_at, _int, _long, _long, _long, _int, _at, _at),
     "dq_rescale": (_at, _long, _long, _at, _at, _at, _int),
     "dq_expand": (_at, *[_long] * 5, _int, _int, _long, _long, *[_at] * 4),
+    "dq_linear_rows": (
+        _at,
+        _int,
+        _long,
+        _long,
+        _long,
+        _float,
+        _float,
+        _int,
+        _int,
+        _at,
+        _long,
+        _long,
+        _long,
+        _long,
+        _int,
+        _int,
+        _at,
+        _at,
+        _at,
+    ),
     "dq_attention": (*[_at] * 4, *[_Strides] * 4, *[_long] * 5, _float),
     "dq_group_norm": (_at, _int, _long, _long, _long, _long, _float, _at, _at, _at),
     "dq_has_attention": (),
@@ -149,6 +171,35 @@ def expand(
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory to expand a weight")
+
+
+def linear_rows(x: Tensor, a: Arguments, affine: Affine | None, bias: Tensor) -> Tensor:
+    """Return a whole integer linear layer, in the dtype of its input; see `dq.kernels.integer`.
+
+    Args:
+        x: `(R, K)` float32 or bfloat16, columns side by side.
+        a: The layer.
+        affine: Of a static input; None for one with a scale a row.
+        bias: `(N,)` float32; zeros for none.
+
+    Returns:
+        `(R, N)`.
+
+    Raises:
+        MemoryError: If there is none.
+    """
+    rows, columns = x.shape
+    y = torch.empty(rows, len(a.weight), dtype=x.dtype)
+    scale, inverse, zero = affine or (0.0, 0.0, 0)
+    failed = _function("dq_linear_rows")(
+        x.data_ptr(), DTYPES[x.dtype], rows, columns, x.stride(0), inverse, scale, zero,
+        (1 << a.input_bits) - 1, a.weight.data_ptr(), a.weight.stride(0),
+        packed_length(columns, a.weight_bits), len(a.weight), a.groups, a.weight_bits,
+        a.multiplier_bits, a.scale.data_ptr(), bias.data_ptr(), y.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for a linear layer")
+    return y
 
 
 def has_attention() -> bool:

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "common.h"
+#include "quantize.h"
 
 enum { TILE = 64 };                     /* pixels and channels that are transposed at a time */
 static const int64_t SERIAL = 1 << 15;  /* values below which waking other threads costs more */
