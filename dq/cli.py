@@ -202,6 +202,15 @@ def bench(
     batch: Annotated[int, typer.Option(help="images a forward")] = 2,
     seed: Seed = 0,
     device: Device = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="measure bf16 and recipes compiled as well; minutes")
+    ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option("--peer", help="a quantizer to compare with, or all; may repeat"),
+    ] = None,
+    profile: Annotated[bool, typer.Option(help="print the time of each operator")] = False,
+    plot: Annotated[Path | None, typer.Option(help="picture to draw, e.g. bench.png")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file to write")
     ] = None,
@@ -212,14 +221,42 @@ def bench(
     Without --model: a UNet of 51 M and a DiT of 85 M parameters with random weights.
     """
     from dq.bench import MODELS, RECIPES, run
+    from dq.bench.plot import plot as draw
 
-    report = run(model or MODELS, recipe or RECIPES, threads, repeats, batch, seed, device)
+    report = run(
+        model or MODELS, recipe or RECIPES, threads, repeats, batch, seed, device, compiled,
+        peer or (),
+    )  # fmt: skip
     if output is not None:
         report.save(output)
+    if plot is not None:
+        draw(report, plot)
     if as_json:
         _print_json(report.to_dict())
+        return
+    print(report)
+    if profile:
+        print("", report.profile(), sep="\n")
+
+
+@app.command()
+def measure(
+    threads: Annotated[int, typer.Option(help="threads of the CPU")] = 1,
+    repeats: Annotated[int, typer.Option(help="rounds; medians are kept")] = 9,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what runs fastest at which size on this machine, and keep it for later runs.
+
+    Until then dq goes by the table that it comes with.
+    """
+    from dq.bench.machine import measure as run
+
+    found = run(threads, repeats)
+    file = found.write()
+    if as_json:
+        _print_json(found.to_dict())
     else:
-        print(report)
+        print(f"{file}\n{found.summary()}")
 
 
 @app.command()

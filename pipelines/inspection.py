@@ -12,6 +12,7 @@ import torch
 
 from dq.errors import DQError
 from dq.integration import DQQuantizer
+from dq.kernels.measured import table
 from dq.pipelines.footprint import Footprint, footprint
 from dq.pipelines.pipeline import load_denoiser, resolve
 
@@ -72,7 +73,7 @@ class Inspection:
         lines.append(
             f"bits     {count.average_weight_bits:.2f} a weight, scales and zero points included"
         )
-        lines += ["", *_table(count)]
+        lines += ["", *_table(count), "", table().summary()]
         lines += [f"note     {name}: {note}" for name, note in self.notes.items()]
         return "\n".join(lines)
 

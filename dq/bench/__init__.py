@@ -12,11 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dq.bench.memory import peak_growth
 from dq.bench.models import RANDOM_MODELS, Checkpoint, RandomModel, Subject, subject
+from dq.bench.peers import peers
 from dq.bench.profile import Operator, operators, products
 from dq.bench.report import Machine, Measurement, Report
 from dq.bench.timing import Times, interleave, threads_set
-from dq.bench.variants import BASELINE, REFERENCE, Variant, variants
+from dq.bench.variants import BASELINE, COMPILED, REFERENCE, Variant, variants
 from dq.errors import DQError
 from dq.family import quantizable
 from dq.pipelines.footprint import footprint
@@ -47,6 +49,8 @@ def run(
     batch: int = 2,
     seed: int = 0,
     device: str = "cpu",
+    compiled: bool = False,
+    against: Sequence[str] = (),
 ) -> Report:
     """Measure denoisers in float32, in bfloat16 and by recipes.
 
@@ -59,6 +63,8 @@ def run(
         batch: Images in a forward call.
         seed: Of weights, inputs and calibration.
         device: Where the models run; ranges are found on the CPU.
+        compiled: Whether bf16 and recipes compete a second time, compiled as a whole.
+        against: Names of peers, see `dq.bench.peers`; "all" are those that are installed.
 
     Raises:
         DQError: For unknown models and recipes, before anything is measured where possible.
@@ -66,11 +72,12 @@ def run(
     if repeats < 1 or threads < 1 or batch < 1:
         raise DQError(f"repeats, threads and batch are at least 1: {repeats}, {threads}, {batch}")
     asked = [Recipe.get(recipe) for recipe in recipes]
+    others = peers(tuple(against))
     machine = Machine.here(threads)
     measured = {}
     with threads_set(threads):
         for each in map(subject, models):
-            competitors = variants(each, asked, batch, seed, device)
+            competitors = variants(each, asked, batch, seed, device, compiled, others)
             measured[each.name] = _measure(each.name, competitors, repeats)
     settings: dict[str, int | str] = {
         "batch": batch,
@@ -87,12 +94,19 @@ def _measure(title: str, competitors: Sequence[Variant], repeats: int) -> dict[s
     runs = {variant.name: variant for variant in competitors if variant.name not in twins}
     times = interleave(runs, repeats, f"measuring {title}")
     found = {
-        name: _measurement(variant, times[name], times[BASELINE], outputs[name], outputs[REFERENCE])
+        name: _measurement(
+            variant, times[name], times[_baseline(name)], outputs[name], outputs[REFERENCE]
+        )
         for name, variant in runs.items()
     }
     for name, twin in twins.items():
         found[name] = replace(found[twin], note=f"the same as {twin}")
     return {variant.name: found[variant.name] for variant in competitors}
+
+
+def _baseline(name: str) -> str:
+    """Return what a variant is compared with: bf16 of the same mode."""
+    return BASELINE + COMPILED if name.endswith(COMPILED) else BASELINE
 
 
 def _twins(competitors: Sequence[Variant], outputs: dict[str, Tensor]) -> dict[str, str]:
@@ -101,7 +115,8 @@ def _twins(competitors: Sequence[Variant], outputs: dict[str, Tensor]) -> dict[s
     for index, variant in enumerate(competitors):
         layers = footprint(variant.model).layers
         for earlier in competitors[:index]:
-            same = layers and layers == footprint(earlier.model).layers
+            mode = variant.name.endswith(COMPILED) == earlier.name.endswith(COMPILED)
+            same = mode and layers and layers == footprint(earlier.model).layers
             if same and torch.equal(outputs[variant.name], outputs[earlier.name]):
                 twins[variant.name] = twins.get(earlier.name, earlier.name)
                 break
@@ -113,6 +128,7 @@ def _measurement(
 ) -> Measurement:
     ran = operators(variant)
     count = footprint(variant.model)
+    growth = peak_growth(variant)
     return Measurement(
         milliseconds=times.milliseconds,
         spread=times.spread,
@@ -122,6 +138,7 @@ def _measurement(
         relative_error=float((output - reference).norm() / reference.norm()),
         stored_megabytes=count.stored_bytes / 1e6,
         resident_megabytes=count.resident_bytes / 1e6,
+        peak_megabytes=None if growth is None else (count.resident_bytes + growth) / 1e6,
         compute_paths=_compute_paths(variant),
         layout="channels_last" if variant.channels_last else "contiguous",
         note=products(ran),
@@ -133,6 +150,8 @@ def _compute_paths(variant: Variant) -> dict[str, int]:
     """Return the number of layers by path, those that stay in floating point included."""
     count = footprint(variant.model)
     paths = {path: layers for path, (layers, _) in count.paths().items()}
+    if not any(p.is_floating_point() for p in variant.model.parameters()):
+        return paths  # a peer's graph
     plain = len(quantizable(variant.model)) - len(count.layers)
     if plain:
         dtype = next(p.dtype for p in variant.model.parameters() if p.is_floating_point())

@@ -11,7 +11,9 @@ from torch.autograd.profiler_legacy import profile  # the newer one prints two l
 __all__ = ["Operator", "operators", "products"]
 
 _RUNS = 3
-_PRODUCT = re.compile(r"::(addmm|b?mm|_int_mm|_scaled_mm|\w*conv\w+|qlinear\w*|\w*attention\w*)$")
+_PRODUCT = re.compile(
+    r"::(addmm|b?mm|_int_mm|_scaled_mm|\w*conv\w+|qlinear\w*|linear_rows|\w*attention\w*)$"
+)
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,14 @@ class Measurement:
     Args:
         milliseconds: Median on the clock.
         spread: Distance of the quartiles on the clock, milliseconds.
-        ratio_to_bf16: Median over the median of bf16, which ran in the same rounds.
+        ratio_to_bf16: Median over the median of bf16, which ran in the same rounds: of compiled
+            bf16 for what is compiled as a whole, else of bf16 as it is.
         cpu_milliseconds: Median of the process's time, all threads together.
         cpu_ratio_to_bf16: Likewise; on a busy machine the one to trust.
         relative_error: L2 norm of the output's difference to fp32, over the norm of fp32's output.
         stored_megabytes: All tensors of the model, 1e6 bytes.
         resident_megabytes: The same with the copies that kernels keep.
+        peak_megabytes: The same with what a forward call takes for a while; None if unknown.
         compute_paths: Number of linear and convolution layers by what they compute on.
         layout: "channels_last" or "contiguous", whichever was faster.
         note: Which kernels multiplied, from the profiler; where it equals another variant, which.
@@ -104,6 +106,7 @@ class Measurement:
     relative_error: float
     stored_megabytes: float
     resident_megabytes: float
+    peak_megabytes: float | None
     compute_paths: Mapping[str, int]
     layout: str
     note: str
@@ -136,6 +139,11 @@ class Report:
         """Write JSON."""
         path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
+    def profile(self) -> str:
+        """Return the operators that took longest, a table a model."""
+        tables = (_profiles(model, measured) for model, measured in self.models.items())
+        return "\n\n".join("\n".join(lines) for lines in tables)
+
     def __str__(self) -> str:
         here = self.machine
         lines = [
@@ -148,7 +156,8 @@ class Report:
         return "\n".join(lines)
 
 
-_HEAD = ("ms", "±", "x bf16", "cpu ms", "x bf16", "error", "stored MB", "in memory", "layout")
+_HEAD = ("ms", "±", "x bf16", "cpu ms", "x bf16", "error", "stored MB", "in memory", "peak",
+         "layout")  # fmt: skip
 
 
 def _table(model: str, measured: Mapping[str, Measurement]) -> Iterator[str]:
@@ -163,10 +172,24 @@ def _table(model: str, measured: Mapping[str, Measurement]) -> Iterator[str]:
     yield f"  slower than bf16 by either clock: {', '.join(slower) or 'none'}"
 
 
+def _profiles(model: str, measured: Mapping[str, Measurement]) -> Iterator[str]:
+    """List the operators of all variants side by side, the slowest on top."""
+    names = list(dict.fromkeys(o.name for e in measured.values() for o in e.operators))
+    times = {n: {o.name: o.milliseconds for o in e.operators} for n, e in measured.items()}
+    widths = [max(8, len(name)) for name in measured]
+    yield "  ".join(
+        [f"{model}, ms".ljust(46), *(n.rjust(w) for n, w in zip(times, widths, strict=True))]
+    )
+    for name in sorted(names, key=lambda n: -max(t.get(n, 0) for t in times.values())):
+        cells = (f"{t[name]:.1f}" if name in t else "" for t in times.values())
+        yield "  ".join([name.ljust(46), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))])
+
+
 def _cells(entry: Measurement) -> tuple[str, ...]:
     return (
         f"{entry.milliseconds:.1f}", f"{entry.spread:.1f}", f"{entry.ratio_to_bf16:.3f}",
         f"{entry.cpu_milliseconds:.1f}", f"{entry.cpu_ratio_to_bf16:.3f}",
         f"{entry.relative_error:.1e}", f"{entry.stored_megabytes:.1f}",
-        f"{entry.resident_megabytes:.1f}", entry.layout,
+        f"{entry.resident_megabytes:.1f}",
+        "?" if entry.peak_megabytes is None else f"{entry.peak_megabytes:.1f}", entry.layout,
     )  # fmt: skip

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dq import attention
 from dq.bench.models import Subject
+from dq.bench.peers import Peer
 from dq.bench.timing import interleave
 from dq.family import family_of
 from dq.recipe import Recipe
 
-__all__ = ["BASELINE", "REFERENCE", "Variant", "variants"]
+__all__ = ["BASELINE", "COMPILED", "REFERENCE", "Variant", "variants"]
 
 REFERENCE = "fp32"  # torch's defaults: what errors are measured against
 BASELINE = "bf16"  # what times are measured against
+COMPILED = ", compiled"  # what names of compiled variants end in; their baseline is compiled too
+_ATTENTION = "bf16+attention"  # the baseline with our attention, but nothing quantized
 _ONEDNN = "fp32-onednn"
 _TRIALS = 3
 
@@ -34,6 +39,7 @@ class Variant:
         inputs: Arguments of its forward call.
         onednn: Whether float32 linears go through oneDNN: on AMD twice as fast as torch's default.
         channels_last: Whether images and weights of convolutions are laid out channels last.
+        compiled: What runs instead of the model: its compiled form.
     """
 
     name: str
@@ -41,12 +47,14 @@ class Variant:
     inputs: Mapping[str, Any]
     onednn: bool = False
     channels_last: bool = False
+    compiled: Callable[..., Any] | None = None
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Run one forward call, without gradients as diffusers' pipelines do."""
         with _float32_linears(self.onednn):
-            output: Tensor = self.model(**self.inputs, return_dict=False)[0]
+            run = self.model if self.compiled is None else self.compiled
+            output: Tensor = run(**self.inputs, return_dict=False)[0]
         if output.is_cuda:
             torch.cuda.synchronize(output.device)  # a GPU answers before it is done
         return output
@@ -85,18 +93,50 @@ def _float32_linears(onednn: bool) -> Iterator[None]:
 
 
 def variants(
-    subject: Subject, recipes: Sequence[Recipe], batch: int, seed: int, device: str = "cpu"
+    subject: Subject,
+    recipes: Sequence[Recipe],
+    batch: int,
+    seed: int,
+    device: str = "cpu",
+    compiled: bool = False,
+    against: Mapping[str, Peer] = MappingProxyType({}),
 ) -> list[Variant]:
-    """Return all competitors of one model, each in the layout that it is faster in."""
+    """Return all competitors of one model, each in the layout that it is faster in.
+
+    Args:
+        subject: The model.
+        recipes: What it is quantized by.
+        batch: Images in a forward call.
+        seed: Of weights, inputs and calibration.
+        device: Where it runs.
+        compiled: Whether bfloat16 and the recipes compete once more, compiled as a whole.
+        against: Peers by name.
+    """
     models = {
         REFERENCE: subject.plain(torch.float32, seed),
         _ONEDNN: subject.plain(torch.float32, seed),
         BASELINE: subject.plain(torch.bfloat16, seed),
+        _ATTENTION: subject.plain(torch.bfloat16, seed),
     }
+    attention.install(models[_ATTENTION])
     for recipe in recipes:
         models[recipe.name] = subject.quantized(recipe, seed)
     made = [_variant(name, m.to(device), batch, seed) for name, m in models.items()]
-    return [_fastest(variant) for variant in made]
+    found = [_fastest(variant) for variant in made]
+    if compiled:
+        again = [v for v in found if v.name == BASELINE or v.name not in _PLAIN]
+        found += [
+            replace(v, name=v.name + COMPILED, compiled=torch.compile(v.model, fullgraph=True))
+            for v in again
+        ]
+    for name, peer in against.items():
+        plain = _variant(name, subject.plain(torch.bfloat16, seed), batch, seed)
+        model = peer.build(plain.model, plain.inputs, torch.get_num_threads())
+        found.append(replace(plain, model=model))
+    return found
+
+
+_PLAIN = (REFERENCE, _ONEDNN, BASELINE, _ATTENTION)
 
 
 def _variant(name: str, model: nn.Module, batch: int, seed: int) -> Variant:

@@ -80,6 +80,19 @@ class Table:
             },
         }
 
+    def summary(self) -> str:
+        """Say in words where int8 loses to bfloat16."""
+        sizes: dict[int, list[str]] = {}
+        for entry in self.entries["linear"]:
+            times = entry.milliseconds
+            if min(times.get("rows", math.inf), times["oneDNN"]) > times["bf16"]:
+                sizes.setdefault(entry.shape[0], []).append(str(math.isqrt(entry.shape[1])))
+        where = "; ".join(f"{rows} rows: {', '.join(found)}" for rows, found in sizes.items())
+        return (
+            f"int8 loses to bf16 at K = N of, by rows of the input: {where or 'none measured'}\n"
+            f"(measured on {self.machine})"
+        )
+
     @classmethod
     def read(cls, file: Path) -> Self:
         """Read a table from a file.

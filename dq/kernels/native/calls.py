@@ -34,12 +34,12 @@ _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.
 
 # Types of the arguments, as the sources declare them.
 _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
-    "dq_quantize_rows": (_at, _int, _long, _long, _long, _float, _int, _int, _at),
-    "dq_quantize_planes": (_at, _int, _long, _long, _float, _int, _int, _at),
-    "dq_quantize_tokens": (_at, _int, _long, _long, _long, _int, _at, _at),
-    "dq_rescale": (_at, _long, _long, _at, _at, _at, _int),
-    "dq_expand": (_at, *[_long] * 5, _int, _int, _long, _long, *[_at] * 4),
-    "dq_linear_rows": (
+    "quantize_rows": (_at, _int, _long, _long, _long, _float, _int, _int, _at),
+    "quantize_planes": (_at, _int, _long, _long, _float, _int, _int, _at),
+    "quantize_tokens": (_at, _int, _long, _long, _long, _int, _at, _at),
+    "rescale": (_at, _long, _long, _at, _at, _at, _int),
+    "expand": (_at, *[_long] * 5, _int, _int, _long, _long, *[_at] * 4),
+    "linear_rows": (
         _at,
         _int,
         _long,
@@ -60,9 +60,9 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
         _at,
         _at,
     ),
-    "dq_attention": (*[_at] * 4, *[_Strides] * 4, *[_long] * 5, _float),
-    "dq_group_norm": (_at, _int, _long, _long, _long, _long, _float, _at, _at, _at),
-    "dq_has_attention": (),
+    "attention": (*[_at] * 4, *[_Strides] * 4, *[_long] * 5, _float),
+    "group_norm": (_at, _int, _long, _long, _long, _long, _float, _at, _at, _at),
+    "has_attention": (),
 }
 
 
@@ -70,9 +70,24 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
 def _function(name: str) -> Callable[..., int]:
     found = library()
     assert found is not None  # callers have asked
-    function = getattr(found, name)
+    function = getattr(found, f"dq_{name}")
     function.argtypes = _SIGNATURES[name]
     return cast(Callable[..., int], function)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function; a profiler sees it as an operator of its own.
+
+    Raises:
+        MemoryError: If it says that there is none.
+    """
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        with torch.profiler.record_function(f"native::{name}"):
+            failed = _function(name)(*arguments)
+    else:
+        failed = _function(name)(*arguments)
+    if failed:
+        raise MemoryError(f"no memory for {name}")
 
 
 def quantize_rows(x: Tensor, inverse: float, zero: int, top: int) -> Tensor:
@@ -86,8 +101,8 @@ def quantize_rows(x: Tensor, inverse: float, zero: int, top: int) -> Tensor:
     """
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.uint8)
-    _function("dq_quantize_rows")(
-        x.data_ptr(), DTYPES[x.dtype], rows, columns, x.stride(0),
+    _call(
+        "quantize_rows", x.data_ptr(), DTYPES[x.dtype], rows, columns, x.stride(0),
         inverse, zero, top, out.data_ptr(),
     )  # fmt: skip
     return out
@@ -107,8 +122,8 @@ def quantize_planes(x: Tensor, inverse: float, zero: int, top: int) -> Tensor:
         x.shape, dtype=torch.uint8, memory_format=torch.channels_last, device=x.device
     )
     for index in range(batch):
-        _function("dq_quantize_planes")(
-            x[index].data_ptr(), DTYPES[x.dtype], channels, height * width,
+        _call(
+            "quantize_planes", x[index].data_ptr(), DTYPES[x.dtype], channels, height * width,
             inverse, zero, top, out[index].data_ptr(),
         )  # fmt: skip
     return out
@@ -124,8 +139,8 @@ def quantize_tokens(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     out = torch.empty(rows, columns, dtype=torch.uint8)
     scales = torch.empty(rows, 1)
-    _function("dq_quantize_tokens")(
-        x.data_ptr(), DTYPES[x.dtype], rows, columns, x.stride(0), top,
+    _call(
+        "quantize_tokens", x.data_ptr(), DTYPES[x.dtype], rows, columns, x.stride(0), top,
         out.data_ptr(), scales.data_ptr(),
     )  # fmt: skip
     return out, scales
@@ -141,8 +156,8 @@ def rescale(x: Tensor, scales: Tensor, bias: Tensor, dtype: torch.dtype) -> Tens
         dtype: One of `DTYPES`.
     """
     y = torch.empty(x.shape, dtype=dtype)
-    _function("dq_rescale")(
-        x.data_ptr(), x.shape[0], x.shape[1], scales.data_ptr(), bias.data_ptr(),
+    _call(
+        "rescale", x.data_ptr(), x.shape[0], x.shape[1], scales.data_ptr(), bias.data_ptr(),
         y.data_ptr(), DTYPES[dtype],
     )  # fmt: skip
     return y
@@ -164,13 +179,12 @@ def expand(
     Raises:
         MemoryError: If there is none.
     """
-    failed = _function("dq_expand")(
+    _call(
+        "expand",
         a.weight.data_ptr(), a.weight.stride(0), packed_length(a.columns, a.weight_bits),
         len(a.weight), a.columns, a.groups, a.weight_bits, a.multiplier_bits,
         first, len(column_offsets), row_offsets.data_ptr(), column_offsets.data_ptr(), out, sums,
     )  # fmt: skip
-    if failed:
-        raise MemoryError("no memory to expand a weight")
 
 
 def linear_rows(x: Tensor, a: Arguments, affine: Affine | None, bias: Tensor) -> Tensor:
@@ -191,21 +205,20 @@ def linear_rows(x: Tensor, a: Arguments, affine: Affine | None, bias: Tensor) ->
     rows, columns = x.shape
     y = torch.empty(rows, len(a.weight), dtype=x.dtype)
     scale, inverse, zero = affine or (0.0, 0.0, 0)
-    failed = _function("dq_linear_rows")(
+    _call(
+        "linear_rows",
         x.data_ptr(), DTYPES[x.dtype], rows, columns, x.stride(0), inverse, scale, zero,
         (1 << a.input_bits) - 1, a.weight.data_ptr(), a.weight.stride(0),
         packed_length(columns, a.weight_bits), len(a.weight), a.groups, a.weight_bits,
         a.multiplier_bits, a.scale.data_ptr(), bias.data_ptr(), y.data_ptr(),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("no memory for a linear layer")
     return y
 
 
 def has_attention() -> bool:
     """Whether the library can compute `attention`: it needs AVX512-BF16."""
     found = library()
-    return found is not None and bool(_function("dq_has_attention")())
+    return found is not None and bool(_function("has_attention")())
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -225,13 +238,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     batch, heads, tokens, depth = q.shape
     out = torch.empty(batch, tokens, heads, depth, dtype=torch.bfloat16).transpose(1, 2)
-    failed = _function("dq_attention")(
+    _call(
+        "attention",
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
         *(_Strides(*t.stride()[:3]) for t in (q, k, v, out)),
         batch, heads, tokens, k.shape[2], depth, scale,
     )  # fmt: skip
-    if failed:
-        raise MemoryError("no memory for attention")
     return out
 
 
@@ -250,10 +262,9 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, epsilon: fl
     """
     batch, channels, height, width = x.shape
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    failed = _function("dq_group_norm")(
+    _call(
+        "group_norm",
         x.data_ptr(), DTYPES[x.dtype], batch, height * width, channels, groups, epsilon,
         weight.data_ptr(), bias.data_ptr(), y.data_ptr(),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("no memory for a group norm")
     return y

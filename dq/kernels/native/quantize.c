@@ -1,4 +1,6 @@
-/* Activations to unsigned codes in one pass: multiply, round half to even, clamp, store. */
+/* Activations to unsigned codes in one pass: multiply, round half to even, clamp, store.
+
+   All functions that Python calls return 0, or 1 without memory. */
 
 #include <math.h>
 
@@ -30,10 +32,11 @@ INLINE void rows_of(const void *x, int64_t rows, int64_t columns, int64_t stride
 }
 
 /* One scale for all. `x`: rows of `columns` numbers, `stride` apart. `out`: dense. */
-void dq_quantize_rows(const void *x, int kind, int64_t rows, int64_t columns, int64_t stride,
-                      float inverse, int zero, int top, uint8_t *out) {
+int dq_quantize_rows(const void *x, int kind, int64_t rows, int64_t columns, int64_t stride,
+                     float inverse, int zero, int top, uint8_t *out) {
   if (kind == FLOAT32) rows_of(x, rows, columns, stride, inverse, zero, top, out, FLOAT32);
   else rows_of(x, rows, columns, stride, inverse, zero, top, out, BFLOAT16);
+  return 0;
 }
 
 INLINE void planes_of(const void *x, int64_t channels, int64_t pixels, float inverse, int zero,
@@ -53,10 +56,11 @@ INLINE void planes_of(const void *x, int64_t channels, int64_t pixels, float inv
 }
 
 /* One image `(channels, pixels)` to codes `(pixels, channels)`: what convolutions read fastest. */
-void dq_quantize_planes(const void *x, int kind, int64_t channels, int64_t pixels, float inverse,
-                        int zero, int top, uint8_t *out) {
+int dq_quantize_planes(const void *x, int kind, int64_t channels, int64_t pixels, float inverse,
+                       int zero, int top, uint8_t *out) {
   if (kind == FLOAT32) planes_of(x, channels, pixels, inverse, zero, top, out, FLOAT32);
   else planes_of(x, channels, pixels, inverse, zero, top, out, BFLOAT16);
+  return 0;
 }
 
 INLINE void tokens_of(const void *x, int64_t rows, int64_t columns, int64_t stride, int top,
@@ -82,10 +86,11 @@ INLINE void tokens_of(const void *x, int64_t rows, int64_t columns, int64_t stri
 }
 
 /* A symmetric scale for each row, from its largest magnitude. `scales`: one a row. */
-void dq_quantize_tokens(const void *x, int kind, int64_t rows, int64_t columns, int64_t stride,
-                        int top, uint8_t *out, float *scales) {
+int dq_quantize_tokens(const void *x, int kind, int64_t rows, int64_t columns, int64_t stride,
+                       int top, uint8_t *out, float *scales) {
   if (kind == FLOAT32) tokens_of(x, rows, columns, stride, top, out, scales, FLOAT32);
   else tokens_of(x, rows, columns, stride, top, out, scales, BFLOAT16);
+  return 0;
 }
 
 INLINE void rescale_of(const float *x, int64_t rows, int64_t columns, const float *scales,
@@ -97,8 +102,9 @@ INLINE void rescale_of(const float *x, int64_t rows, int64_t columns, const floa
 }
 
 /* y = x * scales + bias, in the dtype of the layer: what ends a product with a scale a row. */
-void dq_rescale(const float *x, int64_t rows, int64_t columns, const float *scales,
-                const float *bias, void *y, int kind) {
+int dq_rescale(const float *x, int64_t rows, int64_t columns, const float *scales,
+               const float *bias, void *y, int kind) {
   if (kind == FLOAT32) rescale_of(x, rows, columns, scales, bias, y, FLOAT32);
   else rescale_of(x, rows, columns, scales, bias, y, BFLOAT16);
+  return 0;
 }

@@ -4,9 +4,9 @@
 
 #include <stdint.h>
 
-void dq_quantize_rows(const void *x, int kind, int64_t rows, int64_t columns, int64_t stride,
-                      float inverse, int zero, int top, uint8_t *out);
-void dq_quantize_tokens(const void *x, int kind, int64_t rows, int64_t columns, int64_t stride,
-                        int top, uint8_t *out, float *scales);
+int dq_quantize_rows(const void *x, int kind, int64_t rows, int64_t columns, int64_t stride,
+                     float inverse, int zero, int top, uint8_t *out);
+int dq_quantize_tokens(const void *x, int kind, int64_t rows, int64_t columns, int64_t stride,
+                       int top, uint8_t *out, float *scales);
 
 #endif
