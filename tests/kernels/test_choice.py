@@ -25,10 +25,14 @@ SERVED = [
 ]
 
 
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "expanded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "case"), SERVED, ids=str)
-def test_every_kernel_equals_its_reference(name: str, case: Case, dtype: torch.dtype) -> None:
+def test_every_kernel_equals_its_reference(
+    name: str, case: Case, dtype: torch.dtype, keep: bool
+) -> None:
     x, a = case.build(dtype)
+    a = a._replace(keep=keep)
     if case.geometry is None:
         expected = reference.linear(x, a)
         y = kernels[name].run(x, a)

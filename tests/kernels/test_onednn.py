@@ -13,8 +13,10 @@ each = pytest.mark.parametrize("case", [LINEAR, SPLIT, CONV], ids=["linear", "sp
 
 
 def run(case: Case, x, a):
-    if case.geometry is None:
-        return onednn.linear(x, a), reference.linear(x, a)
+    if case.geometry is None:  # such small ones would run natively
+        rows = x.reshape(-1, x.shape[-1])
+        y = onednn.product(rows, a).view(*x.shape[:-1], -1)
+        return y, reference.linear(x, a)
     return onednn.conv2d(x, a, case.geometry), reference.conv2d(x, a, case.geometry)
 
 
@@ -84,9 +86,32 @@ def test_inputs_may_lie_anyhow_in_memory(layout: str) -> None:
 
 
 @pytest.mark.parametrize("case", [*LINEARS[::8], *CONVS[: 4 * len(GEOMETRIES) : 2]], ids=str)
-def test_the_graph_sees_one_op_with_the_true_shape(case: Case) -> None:
+def test_the_graph_sees_one_product_with_the_true_shape(case: Case) -> None:
     x, a = case.build()
-    arguments = (x, *a) if case.geometry is None else (x, *a, *case.geometry)
+    rows = x.reshape(-1, x.shape[-1]) if case.geometry is None else x
+    codes = onednn.quantized(rows, a, onednn.affine_of(a))
+    geometry = () if case.geometry is None else case.geometry
     op = torch.ops.dq.onednn_linear if case.geometry is None else torch.ops.dq.onednn_conv2d
     checks = ("test_schema", "test_faketensor")
+    arguments = (codes.parts, codes.scales, *a, *geometry, x.dtype)
     torch.library.opcheck(op.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("case", [*LINEARS[::5], *CONVS[::5]], ids=str)
+def test_a_compiled_layer_equals_the_reference(case: Case) -> None:
+    x, a = case.build(torch.bfloat16)
+    torch._dynamo.reset()
+    if case.geometry is None:
+        compiled = torch.compile(onednn.linear, backend="aot_eager", fullgraph=True)
+        y, expected = compiled(x, a), reference.linear(x, a)
+    else:
+        compiled = torch.compile(onednn.conv2d, backend="aot_eager", fullgraph=True)
+        y, expected = compiled(x, a, case.geometry), reference.conv2d(x, a, case.geometry)
+    assert torch.allclose(y.float(), expected.float(), rtol=1.6e-2, atol=1e-5)
+
+
+def test_few_rows_and_many_agree_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, a = Case((16, 64), 32, bits=4, group=32).build(torch.bfloat16)
+    few = onednn.linear(x, a)
+    monkeypatch.setattr(onednn, "_few", lambda rows, a: False)
+    assert torch.equal(onednn.linear(x, a), few)
