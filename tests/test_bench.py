@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from dq.bench import RandomModel, Report, run
+from dq.bench.memory import peak_growth
 from dq.bench.models import RANDOM_MODELS, Checkpoint, subject
+from dq.bench.peers import PEERS, peers
+from dq.bench.plot import plot
 from dq.bench.profile import operators, products
 from dq.bench.timing import Times, interleave, threads_set
 from dq.calibrate import CalibrationSpec
+from dq.distance import relative_error
 from dq.errors import DQError
+from dq.family import family_of
+from dq.kernels.native import library
 from dq.pipelines.noise import NoiseSource
 
 TINY = RandomModel(
@@ -48,7 +57,7 @@ def test_report_is_json(report: Report, tmp_path: Path) -> None:
     assert values["settings"] == {"batch": 2, "repeats": 2, "seed": 0, "device": "cpu"}
     assert len(values["models"]) == 2
     for measured in values["models"].values():
-        assert list(measured) == ["fp32", "fp32-onednn", "bf16", *RECIPES]
+        assert list(measured) == ["fp32", "fp32-onednn", "bf16", "bf16+attention", *RECIPES]
         for entry in measured.values():
             assert entry["milliseconds"] > 0
             assert entry["spread"] >= 0
@@ -86,6 +95,69 @@ def test_says_what_ran(report: Report) -> None:
     assert measured["w8a8-dynamic"].note == "the same as w8a8"
     assert measured["w8a8-dynamic"].milliseconds == measured["w8a8"].milliseconds
     assert measured["w8a8-static"].milliseconds != measured["w8a8"].milliseconds
+
+
+def test_memory_is_what_is_stored_kept_and_taken_for_a_while(report: Report) -> None:
+    for measured in report.models.values():
+        for entry in measured.values():
+            assert entry.peak_megabytes is None or entry.peak_megabytes >= entry.resident_megabytes
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not tell")
+def test_peak_growth_sees_what_is_freed_again() -> None:
+    def run() -> None:
+        torch.ones(10_000_000)
+
+    growth = peak_growth(run)
+    assert growth is not None
+    assert 39e6 < growth < 60e6
+    assert (peak_growth(lambda: None) or 0) < 2e6
+
+
+def test_profile_puts_operators_side_by_side(report: Report) -> None:
+    text = report.profile()
+    assert "onednn::qlinear_pointwise" in text
+    if library() is not None:
+        assert "native::linear_rows" in text
+
+
+def test_plot(report: Report, tmp_path: Path) -> None:
+    plot(report, tmp_path / "bench.png")
+    picture = np.asarray(Image.open(tmp_path / "bench.png"))
+    bars = sum(len(measured) for measured in report.models.values())
+    assert picture.shape[0] > 20 * bars
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 4  # bars of three colours, and text
+
+
+def test_unknown_and_missing_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DQError, match="torchao-int8-dynamic"):
+        peers(("torchao-int8-dynamc",))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert peers(("all",)) == {}
+    with pytest.raises(DQError, match=r"needs openvino, nncf: pip install"):
+        peers(("openvino-int8",))
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_that_are_installed_run(name: str) -> None:
+    if name not in peers(("all",)):
+        pytest.skip("not installed")
+    model = TINY.plain(torch.bfloat16, seed=0)
+    inputs = family_of(model).sample_inputs(model, 2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0].float()
+        made = PEERS[name].build(model, inputs, 1)
+        found = made(**inputs, return_dict=False)[0].float()
+    assert relative_error(found, expected) < 0.5
+
+
+def test_compiled_forms_are_compared_with_compiled_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    found = run((TINY,), ("w8a8",), repeats=1, compiled=True).models["dit"]
+    assert list(found)[-2:] == ["bf16, compiled", "w8a8, compiled"]
+    assert found["bf16, compiled"].ratio_to_bf16 == 1
+    ratio = found["w8a8, compiled"].milliseconds / found["bf16, compiled"].milliseconds
+    assert found["w8a8, compiled"].ratio_to_bf16 == pytest.approx(ratio)
 
 
 def test_table(report: Report) -> None:

@@ -2,8 +2,8 @@
 
 torch's own `scaled_dot_product_attention` is one of them. In bfloat16 two batched products with a
 softmax between are faster at some sizes, and the native kernel, where the machine can build and run
-it, at all that were measured. All round probabilities to bfloat16 and sum in float32; the products round
-scores as well, which costs digits where these are large.
+it, at all that were measured. All round probabilities to bfloat16 and sum in float32; the products
+round scores as well, which costs digits where these are large.
 """
 
 from __future__ import annotations
