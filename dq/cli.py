@@ -209,6 +209,9 @@ def bench(
         list[str] | None,
         typer.Option("--peer", help="a quantizer to compare with, or all; may repeat"),
     ] = None,
+    whole: Annotated[
+        int, typer.Option("--steps", help="measure whole pipelines of so many steps instead")
+    ] = 0,
     profile: Annotated[bool, typer.Option(help="print the time of each operator")] = False,
     plot: Annotated[Path | None, typer.Option(help="picture to draw, e.g. bench.png")] = None,
     output: Annotated[
@@ -225,7 +228,7 @@ def bench(
 
     report = run(
         model or MODELS, recipe or RECIPES, threads, repeats, batch, seed, device, compiled,
-        peer or (),
+        peer or (), whole,
     )  # fmt: skip
     if output is not None:
         report.save(output)

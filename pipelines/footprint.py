@@ -48,7 +48,7 @@ class Footprint:
         stored_bytes: Bytes of all tensors, packed and float.
         planned_bytes: The same, from what the plan's bits say alone.
         resident_bytes: Bytes in memory now, with the copies that kernels have made.
-        scratch_bytes: Bytes in which weights are expanded, shared by all models of a thread.
+        scratch_bytes: Bytes in which weights are expanded, shared by all models of the process.
         float_bytes: Bytes without quantization in the same compute dtype.
         average_weight_bits: Bits of codes, scales and zero points a weight, over packed layers.
         layers: One report a packed layer.
@@ -78,6 +78,9 @@ class Footprint:
 
 
 def _bytes(tensor: Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # other quantizers' tensors claim to be float
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()
 
 

@@ -78,7 +78,7 @@ def test_errors_and_bytes(report: Report) -> None:
         assert measured["fp32"].relative_error == 0
         assert measured["fp32-onednn"].relative_error < 1e-5
         assert 0 < measured["bf16"].relative_error < measured["w4a16"].relative_error < 0.5
-        sizes = [measured[n].stored_megabytes for n in ("fp32", "bf16", "w8a8", "w4a16")]
+        sizes = [measured[n].stored_megabytes or 0 for n in ("fp32", "bf16", "w8a8", "w4a16")]
         assert sizes == sorted(sizes, reverse=True)
         assert measured["w8a8"].resident_megabytes > measured["w8a8"].stored_megabytes
 
@@ -158,6 +158,19 @@ def test_compiled_forms_are_compared_with_compiled_bf16(monkeypatch: pytest.Monk
     assert found["bf16, compiled"].ratio_to_bf16 == 1
     ratio = found["w8a8, compiled"].milliseconds / found["bf16, compiled"].milliseconds
     assert found["w8a8, compiled"].ratio_to_bf16 == pytest.approx(ratio)
+
+
+def test_whole_pipelines(model_folders: Callable[[str], Path]) -> None:
+    folder = str(model_folders("sd32"))
+    report = run((folder,), ("w8a8-dynamic",), repeats=1, batch=2, steps=2)
+    assert report.settings["steps"] == 2
+    (found,) = report.models.values()
+    assert list(found) == ["fp32", "bf16", "bf16+attention", "w8a8-dynamic"]
+    assert 0 < found["w8a8-dynamic"].relative_error < 1
+    with pytest.raises(DQError, match="without a pipeline"):
+        run((TINY,), (), repeats=1, steps=2)
+    with pytest.raises(DQError, match="without compiled forms"):
+        run((folder,), (), repeats=1, steps=2, compiled=True)
 
 
 def test_table(report: Report) -> None:

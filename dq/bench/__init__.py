@@ -18,7 +18,7 @@ from dq.bench.peers import peers
 from dq.bench.profile import Operator, operators, products
 from dq.bench.report import Machine, Measurement, Report
 from dq.bench.timing import Times, interleave, threads_set
-from dq.bench.variants import BASELINE, COMPILED, REFERENCE, Variant, variants
+from dq.bench.variants import BASELINE, COMPILED, REFERENCE, Variant, pipelines, variants
 from dq.errors import DQError
 from dq.family import quantizable
 from dq.pipelines.footprint import footprint
@@ -51,6 +51,7 @@ def run(
     device: str = "cpu",
     compiled: bool = False,
     against: Sequence[str] = (),
+    steps: int = 0,
 ) -> Report:
     """Measure denoisers in float32, in bfloat16 and by recipes.
 
@@ -65,25 +66,33 @@ def run(
         device: Where the models run; ranges are found on the CPU.
         compiled: Whether bf16 and recipes compete a second time, compiled as a whole.
         against: Names of peers, see `dq.bench.peers`; "all" are those that are installed.
+        steps: If not 0, checkpoints draw whole batches of images in so many steps, and that is
+            what is measured instead of a forward call.
 
     Raises:
         DQError: For unknown models and recipes, before anything is measured where possible.
     """
     if repeats < 1 or threads < 1 or batch < 1:
         raise DQError(f"repeats, threads and batch are at least 1: {repeats}, {threads}, {batch}")
+    if steps and (compiled or against):
+        raise DQError("whole pipelines are measured as they are: without compiled forms and peers")
     asked = [Recipe.get(recipe) for recipe in recipes]
     others = peers(tuple(against))
     machine = Machine.here(threads)
     measured = {}
     with threads_set(threads):
         for each in map(subject, models):
-            competitors = variants(each, asked, batch, seed, device, compiled, others)
+            if steps:
+                competitors = pipelines(each, asked, batch, steps, seed, device)
+            else:
+                competitors = variants(each, asked, batch, seed, device, compiled, others)
             measured[each.name] = _measure(each.name, competitors, repeats)
     settings: dict[str, int | str] = {
         "batch": batch,
         "repeats": repeats,
         "seed": seed,
         "device": device,
+        **({"steps": steps} if steps else {}),
     }
     return Report(machine, settings, measured)
 
@@ -129,6 +138,7 @@ def _measurement(
     ran = operators(variant)
     count = footprint(variant.model)
     growth = peak_growth(variant)
+    stored, resident = count.stored_bytes, count.resident_bytes  # 0: a peer that does not tell
     return Measurement(
         milliseconds=times.milliseconds,
         spread=times.spread,
@@ -136,9 +146,9 @@ def _measurement(
         cpu_milliseconds=times.cpu_milliseconds,
         cpu_ratio_to_bf16=times.cpu_milliseconds / baseline.cpu_milliseconds,
         relative_error=float((output - reference).norm() / reference.norm()),
-        stored_megabytes=count.stored_bytes / 1e6,
-        resident_megabytes=count.resident_bytes / 1e6,
-        peak_megabytes=None if growth is None else (count.resident_bytes + growth) / 1e6,
+        stored_megabytes=stored / 1e6 if stored else None,
+        resident_megabytes=resident / 1e6 if stored else None,
+        peak_megabytes=(resident + growth) / 1e6 if stored and growth is not None else None,
         compute_paths=_compute_paths(variant),
         layout="channels_last" if variant.channels_last else "contiguous",
         note=products(ran),

@@ -80,15 +80,18 @@ class Checkpoint:
 
     def plain(self, dtype: torch.dtype, seed: int) -> nn.Module:
         """See `Subject`."""
-        model: nn.Module = DQPipeline.from_pretrained(self.name, dtype=dtype).denoiser
+        model: nn.Module = self.pipeline(dtype).denoiser
         return model
 
     def quantized(self, recipe: Recipe, seed: int) -> nn.Module:
         """See `Subject`."""
-        short = _short(recipe, seed)
-        pipe = DQPipeline.from_pretrained(self.name, short, dtype=torch.bfloat16)
-        model: nn.Module = pipe.denoiser
+        model: nn.Module = self.pipeline(torch.bfloat16, recipe, seed).denoiser
         return model
+
+    def pipeline(self, dtype: torch.dtype, recipe: Recipe | None = None, seed: int = 0) -> Any:
+        """Return the whole pipeline, quantized if a recipe is given."""
+        short = None if recipe is None else _short(recipe, seed)
+        return DQPipeline.from_pretrained(self.name, short, dtype=dtype)
 
 
 _UNET = {

@@ -36,12 +36,14 @@ def plot(report: Report, file: Path) -> None:
     here = report.machine
     head = f"time of a forward call, bf16 = 1; {here.cpu}, threads {here.threads}, {here.date}"
     pen.text((_MARGIN, _MARGIN), head, fill="black", font=font)
+    line = left + unit
+    pen.line((line, _MARGIN + _ROW, line, height - _MARGIN), fill="black")
     for index, (title, ratio, time) in enumerate(bars):
         top = _MARGIN + _ROW * (index + 1) + 6
         colour = _PLAIN if ratio == 1 else _FASTER if ratio < 1 else _SLOWER
         pen.text((_MARGIN, top), title, fill="black", font=font)
         pen.rectangle((left, top, left + ratio * unit, top + _ROW - 7), fill=colour)
-        pen.text((left + ratio * unit + 6, top), f"{ratio:.2f}  {time}", fill="black", font=font)
-    line = left + unit
-    pen.line((line, _MARGIN + _ROW, line, height - _MARGIN), fill="black")
+        end = left + ratio * unit + 6
+        text = f"{ratio:.2f}  {time}"
+        pen.text((end, top), text, fill="black", font=font, stroke_width=2, stroke_fill="white")
     sheet.save(file)

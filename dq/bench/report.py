@@ -89,9 +89,9 @@ class Measurement:
         cpu_milliseconds: Median of the process's time, all threads together.
         cpu_ratio_to_bf16: Likewise; on a busy machine the one to trust.
         relative_error: L2 norm of the output's difference to fp32, over the norm of fp32's output.
-        stored_megabytes: All tensors of the model, 1e6 bytes.
+        stored_megabytes: All tensors of the model, 1e6 bytes; None if unknown, like the next two.
         resident_megabytes: The same with the copies that kernels keep.
-        peak_megabytes: The same with what a forward call takes for a while; None if unknown.
+        peak_megabytes: The same with what a forward call takes for a while.
         compute_paths: Number of linear and convolution layers by what they compute on.
         layout: "channels_last" or "contiguous", whichever was faster.
         note: Which kernels multiplied, from the profiler; where it equals another variant, which.
@@ -104,8 +104,8 @@ class Measurement:
     cpu_milliseconds: float
     cpu_ratio_to_bf16: float
     relative_error: float
-    stored_megabytes: float
-    resident_megabytes: float
+    stored_megabytes: float | None
+    resident_megabytes: float | None
     peak_megabytes: float | None
     compute_paths: Mapping[str, int]
     layout: str
@@ -186,10 +186,10 @@ def _profiles(model: str, measured: Mapping[str, Measurement]) -> Iterator[str]:
 
 
 def _cells(entry: Measurement) -> tuple[str, ...]:
+    sizes = entry.stored_megabytes, entry.resident_megabytes, entry.peak_megabytes
     return (
         f"{entry.milliseconds:.1f}", f"{entry.spread:.1f}", f"{entry.ratio_to_bf16:.3f}",
         f"{entry.cpu_milliseconds:.1f}", f"{entry.cpu_ratio_to_bf16:.3f}",
-        f"{entry.relative_error:.1e}", f"{entry.stored_megabytes:.1f}",
-        f"{entry.resident_megabytes:.1f}",
-        "?" if entry.peak_megabytes is None else f"{entry.peak_megabytes:.1f}", entry.layout,
+        f"{entry.relative_error:.1e}",
+        *("?" if size is None else f"{size:.1f}" for size in sizes), entry.layout,
     )  # fmt: skip

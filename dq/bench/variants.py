@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dq import attention
-from dq.bench.models import Subject
+from dq.bench.models import Checkpoint, Subject
 from dq.bench.peers import Peer
 from dq.bench.timing import interleave
+from dq.errors import DQError
 from dq.family import family_of
+from dq.pipelines.draw import default_prompts, draw
 from dq.recipe import Recipe
 
-__all__ = ["BASELINE", "COMPILED", "REFERENCE", "Variant", "variants"]
+__all__ = ["BASELINE", "COMPILED", "REFERENCE", "Variant", "pipelines", "variants"]
 
 REFERENCE = "fp32"  # torch's defaults: what errors are measured against
 BASELINE = "bf16"  # what times are measured against
@@ -39,7 +42,7 @@ class Variant:
         inputs: Arguments of its forward call.
         onednn: Whether float32 linears go through oneDNN: on AMD twice as fast as torch's default.
         channels_last: Whether images and weights of convolutions are laid out channels last.
-        compiled: What runs instead of the model: its compiled form.
+        run: What runs instead of the model: its compiled form, or the pipeline that it belongs to.
     """
 
     name: str
@@ -47,13 +50,13 @@ class Variant:
     inputs: Mapping[str, Any]
     onednn: bool = False
     channels_last: bool = False
-    compiled: Callable[..., Any] | None = None
+    run: Callable[..., Any] | None = None
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
         """Run one forward call, without gradients as diffusers' pipelines do."""
         with _float32_linears(self.onednn):
-            run = self.model if self.compiled is None else self.compiled
+            run = self.model if self.run is None else self.run
             output: Tensor = run(**self.inputs, return_dict=False)[0]
         if output.is_cuda:
             torch.cuda.synchronize(output.device)  # a GPU answers before it is done
@@ -126,7 +129,7 @@ def variants(
     if compiled:
         again = [v for v in found if v.name == BASELINE or v.name not in _PLAIN]
         found += [
-            replace(v, name=v.name + COMPILED, compiled=torch.compile(v.model, fullgraph=True))
+            replace(v, name=v.name + COMPILED, run=torch.compile(v.model, fullgraph=True))
             for v in again
         ]
     for name, peer in against.items():
@@ -134,6 +137,46 @@ def variants(
         model = peer.build(plain.model, plain.inputs, torch.get_num_threads())
         found.append(replace(plain, model=model))
     return found
+
+
+def pipelines(
+    subject: Subject, recipes: Sequence[Recipe], batch: int, steps: int, seed: int, device: str
+) -> list[Variant]:
+    """Return competitors that draw whole batches of images.
+
+    Args:
+        subject: A checkpoint.
+        recipes: What its denoiser is quantized by.
+        batch: Images.
+        steps: Denoising steps.
+        seed: Of the first image.
+        device: Where it runs.
+
+    Raises:
+        DQError: If the subject is a denoiser alone.
+    """
+    if not isinstance(subject, Checkpoint):
+        raise DQError(f"{subject.name} is a denoiser without a pipeline; ask for a checkpoint")
+    pipes = {
+        REFERENCE: subject.pipeline(torch.float32),
+        BASELINE: subject.pipeline(torch.bfloat16),
+        _ATTENTION: subject.pipeline(torch.bfloat16),
+    }
+    attention.install(pipes[_ATTENTION].denoiser)
+    for recipe in recipes:
+        pipes[recipe.name] = subject.pipeline(torch.bfloat16, recipe, seed)
+    prompts = default_prompts(pipes[REFERENCE])
+    chosen = [prompts[i % len(prompts)] for i in range(batch)]
+    seeds = [seed + i for i in range(batch)]
+
+    def drawn(pipe: Any, return_dict: bool) -> tuple[Tensor]:
+        images = draw(pipe, chosen, seeds, steps, batch=batch, output_type="latent")
+        return (torch.stack([torch.as_tensor(image) for image in images]),)
+
+    return [
+        Variant(name, pipe.denoiser, {}, run=partial(drawn, pipe.to(device)))
+        for name, pipe in pipes.items()
+    ]
 
 
 _PLAIN = (REFERENCE, _ONEDNN, BASELINE, _ATTENTION)

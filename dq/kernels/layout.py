@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from threading import local
+from dataclasses import dataclass, field
+from threading import Lock
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ Pack = Callable[[Tensor], Tensor]
 _DIGIT = 7  # bits of a weight's number that one int8 weight can carry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The layout of one product's weights, and memory for them.
 
@@ -38,12 +39,14 @@ class Layout:
         column_offsets: `(K,)` int32, bytes.
         sums: Byte where minus the sums of rows begin, or None.
         scratch: The weights, in oneDNN's own tensor.
+        lock: To be held from `expand` until the scratch has been read.
     """
 
     row_offsets: Tensor
     column_offsets: Tensor
     sums: int | None
     scratch: Tensor
+    lock: Lock = field(default_factory=Lock)
 
     def expand(self, a: Arguments, first: int) -> Tensor:
         """Return the scratch tensor, filled with the columns of a weight from `first` on."""
@@ -53,11 +56,13 @@ class Layout:
         return self.scratch
 
 
-_layouts = local()  # scratch is written while it is used: each thread has its own
+# A layout lives as long as a weight that was prepared for it.
+_layouts: WeakValueDictionary[Hashable, Layout] = WeakValueDictionary()
+_refused: set[Hashable] = set()
 
 
 def layout_of(key: Hashable, shape: tuple[int, ...], pack: Pack) -> Layout | None:
-    """Return a layout, asking oneDNN when a thread needs it for the first time.
+    """Return a layout, asking oneDNN when it is needed for the first time.
 
     Args:
         key: Of all that the layout depends on.
@@ -67,16 +72,19 @@ def layout_of(key: Hashable, shape: tuple[int, ...], pack: Pack) -> Layout | Non
     Returns:
         None if it does not have the form that is described above.
     """
-    known: dict[Hashable, Layout | None] = _layouts.__dict__.setdefault("known", {})
-    if key not in known:
-        known[key] = _learn(shape, pack)
-    return known[key]
+    found = _layouts.get(key)
+    if found is None and key not in _refused:
+        found = _learn(shape, pack)
+        if found is None:
+            _refused.add(key)
+        else:
+            _layouts[key] = found
+    return found
 
 
 def scratch_bytes() -> int:
-    """Return the bytes of all scratch memory of this thread."""
-    known = getattr(_layouts, "known", {})
-    return sum(_bytes(each.scratch) for each in known.values() if each is not None)
+    """Return the bytes of all scratch memory."""
+    return sum(_bytes(each.scratch) for each in list(_layouts.values()))
 
 
 def _bytes(packed: Tensor) -> int:

@@ -206,11 +206,13 @@ def _multiply(
     for index, (part, each, source) in enumerate(
         zip(codes.parts, kept.affine, weights, strict=True)
     ):
-        weight = source.expand(a, first) if isinstance(source, Layout) else source
-        y = product.run(
-            part, each.scale, each.zero, weight, a.scale, kept.zeros,
-            bias if index == last else None, out,
-        )  # fmt: skip
+        run = partial(product.run, part, each.scale, each.zero)
+        rest = a.scale, kept.zeros, bias if index == last else None, out
+        if isinstance(source, Layout):
+            with source.lock:
+                y = run(source.expand(a, first), *rest)
+        else:
+            y = run(source, *rest)
         total = y if total is None else total.add_(y)
         first += a.columns * part.shape[1] // (sum(a.segments) or part.shape[1])
     assert total is not None  # there is at least one part
@@ -284,6 +286,8 @@ def _few(rows: Tensor, a: Arguments) -> bool:
     """Whether an input has so few rows that a call of oneDNN costs more than the product."""
     if library() is None or rows.dtype not in calls.DTYPES or a.segments or rows.stride(1) != 1:
         return False
+    if not len(rows):
+        return True
     shape = len(rows), a.columns * len(a.weight)
     return fastest("linear", shape, _WAYS[a.keep]).startswith("rows")
 

@@ -1,5 +1,8 @@
 """Layouts are read off what oneDNN makes of numbers, and believed only if they reproduce it."""
 
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,9 +65,28 @@ def test_expanded_weights_are_byte_for_byte_those_that_are_packed(case: Case) ->
         assert int(integer_weight(a).abs().max()) > 0
 
 
-def test_layers_of_a_shape_share_their_scratch() -> None:
+def test_layers_of_a_shape_share_their_scratch_until_the_last_is_gone() -> None:
+    gc.collect()
+    before = scratch_bytes()
     one, two = (layout_of("test", (48, 64), linear) for _ in range(2))
     assert one is two
-    before = scratch_bytes()
-    layout_of("test", (48, 64), linear)
-    assert scratch_bytes() == before > 48 * 64
+    assert scratch_bytes() >= before + 48 * 64
+    del one, two
+    gc.collect()
+    assert scratch_bytes() == before
+
+
+def test_threads_do_not_write_into_each_others_scratch() -> None:
+    cases = [Case((200, 64), 48, bits=4, group=32).build(torch.bfloat16) for _ in range(2)]
+    layers = [
+        (x, a._replace(weight=a.weight.roll(i, 0), keep=False)) for i, (x, a) in enumerate(cases)
+    ]
+    expected = [onednn.product(x, a) for x, a in layers]
+    assert not torch.equal(*expected)
+
+    def work(index: int) -> bool:
+        x, a = layers[index]
+        return all(torch.equal(onednn.product(x, a), expected[index]) for _ in range(200))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))

@@ -26,8 +26,8 @@ int dq_linear_rows(const void *x, int kind, int64_t rows, int64_t columns, int64
                    float inverse, float scale, int zero, int top, const uint8_t *packed,
                    int64_t bytes, int64_t start, int64_t features, int64_t groups, int bits,
                    int multiplier_bits, const float *scales, const float *bias, void *y) {
-  uint8_t *codes = malloc(rows * columns);
-  float *steps = malloc(rows * sizeof *steps);
+  uint8_t *codes = malloc(rows * columns + 1);
+  float *steps = malloc((rows + 1) * sizeof *steps);
   int failed = !codes || !steps;
   if (!failed && inverse == 0) {
     zero = (top + 1) / 2;
