@@ -15,7 +15,9 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
+from dq.bench.machine import measure
 from dq.cli import main
+from dq.kernels.measured import Table
 from dq.recipe import templates
 
 SHORT = ("--images", "2", "--steps", "1")
@@ -114,6 +116,33 @@ def test_inspect_counts_what_is_there(packed: Path) -> None:
     }
     text = dq("inspect", packed).stdout
     assert f"bits     {report['average_weight_bits']:.2f} a weight" in text
+
+
+def test_inspect_says_where_int8_loses(packed: Path) -> None:
+    text = dq("inspect", packed).stdout
+    assert "int8 loses to bf16 at K = N of, by rows of the input: " in text
+    assert "(measured on " in text
+
+
+def test_measure_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = measure(repeats=1, attention=[(16, 16, 16)], linear=[(4, 1024)])
+    monkeypatch.setattr("dq.bench.machine.measure", lambda threads, repeats: small)
+    done = dq("measure", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == small.to_dict()
+    assert Table.read(tmp_path / "dq" / "measured.json") == small
+    assert "int8 loses" in dq("measure").stdout
+
+
+def test_bench_draws_a_plot_and_prints_a_profile(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "bench.png"
+    words = ("-m", folder, "-r", "w8a8-dynamic", "--repeats", "1", "--profile", "--plot", picture)
+    done = dq("bench", *words)
+    assert done.returncode == 0, done.stderr
+    assert "bf16+attention" in done.stdout
+    assert "aten::addmm" in done.stdout
+    assert Image.open(picture).width > 400
 
 
 def test_inspect_of_a_float_model(folder: Path) -> None:
