@@ -1,0 +1,1 @@
+"""The feature extractors that come with dq, one file each; see `dq.eval.features`."""
