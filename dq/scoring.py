@@ -1,0 +1,330 @@
+"""Draw images on both sides, score them, and report: `dq eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import PartialState
+from PIL import Image, ImageChops
+
+import dq
+from dq import checkpoints
+from dq.errors import DQError
+from dq.eval.clip import Clip
+from dq.eval.features import Extractor, extractors
+from dq.eval.gate import Gate
+from dq.eval.grid import grid
+from dq.eval.reference import Reference
+from dq.eval.report import Page
+from dq.eval.score import Scores, Side, score
+from dq.pipelines.draw import default_prompts
+from dq.pipelines.gallery import Gallery, Settings
+from dq.pipelines.pipeline import DQPipeline
+from dq.recipe import templates
+from dq.work import fingerprint
+
+__all__ = ["Asked", "Candidate", "Report", "run"]
+
+_FULL = "full precision"
+_FEW = 10_000  # images below which FID says more about their number than about the model
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be scored, and how.
+
+    Args:
+        metrics: Names, see `dq.eval.score.METRICS`.
+        features: Name of the extractor for distances.
+        weights: Its weights; None for those that come with it.
+        rule: How images are resized for it.
+        clip: CLIP model for the CLIP score, folder or hub name.
+        reference: Folder of images or `.npz` that both sides are compared with; None for none.
+        dtype: Of everything that is not packed.
+        device: Where pipelines and extractors run.
+        skip_bad: Whether files of the reference that cannot be read are left out.
+    """
+
+    metrics: tuple[str, ...] = ("psnr", "ssim", "cosine", "clip", "fid", "kid")
+    features: str = "emoji-clip"
+    weights: Path | None = None
+    rule: str = "clean"
+    clip: str | None = None
+    reference: Path | None = None
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One quantized pipeline and what it scored.
+
+    Attributes:
+        name: Checkpoint, or recipe.
+        scores: Against full precision.
+        bytes_on_disk: Packed tensors of the denoiser.
+        average_weight_bits: Scales included; 16 or 32 if it is not quantized.
+        compute_paths: Number of layers by what they compute on.
+        seconds_per_image: Median over the batches, text encoder and decoder included.
+        full_seconds_per_image: Of full precision.
+        seconds_per_step: The same over the steps.
+    """
+
+    name: str
+    scores: Scores
+    bytes_on_disk: int
+    average_weight_bits: float
+    compute_paths: Mapping[str, int]
+    seconds_per_image: float
+    full_seconds_per_image: float
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        facts: Extractor, resize rule, number of images, seeds, versions.
+        candidates: One a pipeline.
+        folder: Where images and page are.
+    """
+
+    facts: Mapping[str, Any]
+    candidates: tuple[Candidate, ...]
+    folder: Path
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The scores of the first candidate, which gates hold against their thresholds."""
+        return self.candidates[0].scores.metrics
+
+    def failures(self, gates: Sequence[Gate]) -> list[str]:
+        """Return a line for each threshold that a candidate missed."""
+        found = []
+        for each in self.candidates:
+            for gate in gates:
+                line = gate.failure(each.scores.metrics, each.scores.baseline)
+                if line is not None:
+                    found.append(f"{each.name}: {line}")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values; `metrics` are those of the first candidate."""
+        return {
+            "metrics": dict(self.metrics),
+            "baseline": dict(self.candidates[0].scores.baseline),
+            "facts": dict(self.facts),
+            "candidates": [dataclasses.asdict(each) for each in self.candidates],
+            "folder": str(self.folder),
+        }
+
+    def rows(self) -> list[dict[str, object]]:
+        """Return a table, a line a candidate, full precision's own scores first."""
+        names = list(dict.fromkeys(n for c in self.candidates for n in c.scores.metrics))
+        first = self.candidates[0]
+        full: dict[str, object] = {"": _FULL, "bits": "", "MB": ""}
+        full |= {n: _number(first.scores.baseline.get(n)) for n in names}
+        rows = [{**full, "s/image": f"{first.full_seconds_per_image:.3f}"}]
+        for each in self.candidates:
+            row: dict[str, object] = {
+                "": each.name,
+                "bits": f"{each.average_weight_bits:.2f}",
+                "MB": f"{each.bytes_on_disk / 1e6:.2f}",
+            }
+            for name in names:
+                spread = each.scores.spread.get(name)
+                value = _number(each.scores.metrics.get(name))
+                row[name] = value if spread is None else f"{value} ± {_number(spread)}"
+            rows.append({**row, "s/image": f"{each.seconds_per_image:.3f}"})
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        table = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in table]
+        lines += ["", ", ".join(f"{k} {v}" for k, v in self.facts.items() if k != "warning")]
+        if "warning" in self.facts:
+            lines.append(f"warning: {self.facts['warning']}")
+        return "\n".join([*lines, f"look at {self.folder}/report.html"])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def run(
+    models: Sequence[str],
+    against: str,
+    folder: Path,
+    asked: Asked,
+    count: int,
+    settings: Settings | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Report:
+    """Draw, score and write `report.html` and `scores.json`.
+
+    Args:
+        models: Quantized checkpoints, or recipes by which `against` is quantized.
+        against: The full-precision checkpoint.
+        folder: For the images; drawing continues where it stopped.
+        asked: What to score.
+        count: Images on each side.
+        settings: Seed, steps, guidance and batch; its prompts are not used.
+        prompts: What to draw, repeated if there are fewer than images; None for the pipeline's own.
+
+    Raises:
+        DQError: For everything that a user can mend.
+    """
+    if count < 2:
+        raise DQError(f"-n {count}: scores need at least 2 images")
+    extractor, clip = _scorers(asked)
+    pipe = DQPipeline.from_pretrained(against, dtype=asked.dtype).to(asked.device)
+    words = tuple(prompts or default_prompts(pipe))
+    settings = dataclasses.replace(
+        settings or Settings(()), prompts=tuple(words[i % len(words)] for i in range(count))
+    )
+    full = _gallery(pipe, against, folder / "full", settings)
+    full.draw(pipe)
+    del pipe
+    drawn = [_draw(model, against, folder, settings, asked) for model in models]
+    state = PartialState()
+    state.wait_for_everyone()
+    reference = None
+    if asked.reference is not None and extractor is not None:
+        reference = Reference.load(asked.reference, extractor, asked.skip_bad)
+    other = Side(_FULL, full.files, settings.prompts, full.latents())
+    candidates = []
+    for gallery, facts in drawn:
+        side = Side(gallery.folder.name, gallery.files, settings.prompts, gallery.latents())
+        found = score(side, other, asked.metrics, extractor, clip, reference)
+        time, full_time = (_per_image(g) for g in (gallery, full))
+        per_step = time / settings.steps
+        candidates.append(
+            Candidate(gallery.folder.name, found, **facts, seconds_per_image=time,
+                      full_seconds_per_image=full_time, seconds_per_step=per_step)
+        )  # fmt: skip
+    report = Report(_facts(settings, asked, extractor, clip, reference), tuple(candidates), folder)
+    if state.is_main_process:
+        (folder / "scores.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        _page(report, full, [gallery for gallery, _ in drawn])
+    return report
+
+
+def _scorers(asked: Asked) -> tuple[Extractor | None, Clip | None]:
+    """Load extractors before anything is drawn: what is missing is said at once."""
+    extractor = clip = None
+    if {"fid", "kid", "cmmd", "precision", "recall"} & set(asked.metrics):
+        extractor = extractors[asked.features](asked.weights, asked.rule, asked.device)
+    if "clip" in asked.metrics:
+        name = asked.clip or str(checkpoints.path("emoji-clip"))
+        clip = Clip.load(name, asked.rule, asked.device)
+    return extractor, clip
+
+
+def _gallery(pipe: Any, model: str, folder: Path, settings: Settings) -> Gallery:
+    return Gallery(folder, f"{model} {fingerprint(pipe.denoiser, {})}", settings)
+
+
+def _draw(
+    model: str, against: str, folder: Path, settings: Settings, asked: Asked
+) -> tuple[Gallery, dict[str, Any]]:
+    """Return a candidate's gallery, drawn, and what it weighs."""
+    recipe = _is_recipe(model)
+    source, wanted = (against, model) if recipe else (model, None)
+    pipe = DQPipeline.from_pretrained(source, wanted, dtype=asked.dtype).to(asked.device)
+    name = Path(model).stem if recipe else Path(model).name
+    gallery = _gallery(pipe, model, folder / name, settings)
+    gallery.draw(pipe)
+    count = pipe.footprint()
+    float_bits = 8.0 * asked.dtype.itemsize
+    return gallery, {
+        "bytes_on_disk": count.stored_bytes,
+        "average_weight_bits": count.average_weight_bits or float_bits,
+        "compute_paths": {path: layers for path, (layers, _) in count.paths().items()},
+    }
+
+
+def _is_recipe(model: str) -> bool:
+    """Whether a name means a recipe and not a checkpoint."""
+    if Path(model).is_dir() or model in checkpoints.names():
+        return False
+    return Path(model).suffix in (".yaml", ".yml", ".json") or any(
+        re.fullmatch(template.pattern, model) for _, template in templates.items()
+    )
+
+
+def _per_image(gallery: Gallery) -> float:
+    sizes = [len(batch) for batch in gallery.batches()]
+    return statistics.median(t / n for t, n in zip(gallery.seconds(), sizes, strict=True))
+
+
+def _facts(
+    settings: Settings, asked: Asked, extractor: Extractor | None, clip: Clip | None,
+    reference: Reference | None,
+) -> dict[str, Any]:  # fmt: skip
+    count = len(settings.prompts)
+    facts: dict[str, Any] = {
+        "images": count,
+        "seeds": f"{settings.seed} to {settings.seed + count - 1}",
+        "steps": settings.steps,
+        "features": extractor.name if extractor else "none",
+        "licence": extractor.licence if extractor else "none",
+        "resize": asked.rule,
+        "clip": Path(clip.name).name if clip else "none",
+        "reference": f"{reference.name} ({reference.count})" if reference else "none",
+        "dtype": str(asked.dtype).removeprefix("torch."),
+        "torch": str(torch.__version__),
+        "diffusers": diffusers.__version__,
+        "dq": dq.__version__,
+    }
+    if extractor is not None and count < _FEW:
+        facts["warning"] = (
+            f"FID of {count} images is biased: compare it at equal numbers only, or use KID"
+        )
+    return facts
+
+
+def _page(report: Report, full: Gallery, galleries: Sequence[Gallery]) -> None:
+    page = Page("dq eval")
+    page.table(report.rows())
+    page.text(", ".join(f"{k}: {v}" for k, v in report.facts.items()))
+    for each, gallery in zip(report.candidates, galleries, strict=True):
+        page.heading(f"{each.name}: the eight that differ most")
+        worst = each.scores.worst()
+        pairs = [(_open(full.files[i]), _open(gallery.files[i])) for i in worst]
+        rows = {
+            _FULL: [a for a, _ in pairs],
+            each.name: [b for _, b in pairs],
+            "difference x 4": [_difference(a, b) for a, b in pairs],
+        }
+        page.image(grid(rows, [gallery.settings.prompts[i] for i in worst]), "the worst images")
+        paths = ", ".join(f"{n} layers {path}" for path, n in each.compute_paths.items())
+        page.text(f"computes as {paths or 'float'}")
+        page.table([_line(each.scores, gallery.settings.prompts, i) for i in worst])
+    page.write(report.folder / "report.html")
+
+
+def _open(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def _difference(one: Image.Image, two: Image.Image) -> Image.Image:
+    return ImageChops.difference(one, two).point(lambda value: min(255, 4 * value))
+
+
+def _line(scores: Scores, prompts: Sequence[str], index: int) -> dict[str, object]:
+    values = {name: _number(numbers[index]) for name, numbers in scores.images.items()}
+    return {"image": index, "prompt": prompts[index], **values}

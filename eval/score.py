@@ -1,0 +1,190 @@
+"""All scores of one set of images against another, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq.errors import DQError, unknown
+from dq.eval.clip import Clip
+from dq.eval.features import Extractor
+from dq.eval.images import read_batches
+from dq.eval.kernel import cmmd, kid
+from dq.eval.manifold import precision_recall
+from dq.eval.paired import (
+    Paired,
+    has_lpips,
+    paired_cosine,
+    paired_lpips,
+    paired_psnr,
+    paired_ssim,
+)
+from dq.eval.reference import Reference
+
+__all__ = ["METRICS", "Scores", "Side", "score"]
+
+_DISTANCES = ("fid", "kid", "cmmd", "precision", "recall")
+_PAIRED: dict[str, Callable[[Tensor, Tensor], Paired]] = {
+    "psnr": paired_psnr,
+    "ssim": paired_ssim,
+    "lpips": paired_lpips,
+}
+METRICS = ("psnr", "ssim", "cosine", "lpips", "clip", *_DISTANCES)
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Side:
+    """The images of one pipeline.
+
+    Attributes:
+        name: What reports call it.
+        files: One a prompt.
+        prompts: What was drawn.
+        latents: What was decoded, `(N, ...)`, or None.
+    """
+
+    name: str
+    files: Sequence[Path]
+    prompts: Sequence[str]
+    latents: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one side scored.
+
+    Attributes:
+        metrics: By name. Distances are to the other side, `-reference` ones to a reference set.
+        baseline: What full precision scored where it scores alone: clip, and all `-reference` ones.
+        spread: Standard deviation over images of what is measured an image, and kid's standard
+            error.
+        images: By metric, one number an image.
+    """
+
+    metrics: Mapping[str, float]
+    baseline: Mapping[str, float]
+    spread: Mapping[str, float]
+    images: Mapping[str, tuple[float, ...]]
+
+    def worst(self, count: int = 8) -> list[int]:
+        """Return the indices of the images that differ most, by the first paired metric."""
+        name = next((n for n in ("psnr", "ssim", "cosine", "clip") if n in self.images), None)
+        if name is None:
+            return list(range(count))
+        values = self.images[name]
+        return sorted(range(len(values)), key=lambda index: values[index])[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return dataclasses.asdict(self)
+
+
+def score(
+    side: Side,
+    full: Side,
+    metrics: Sequence[str],
+    extractor: Extractor | None,
+    clip: Clip | None,
+    reference: Reference | None = None,
+) -> Scores:
+    """Score a side against full precision.
+
+    Args:
+        side: What is judged.
+        full: What it is compared with; same prompts, same order, same seeds.
+        metrics: Some of `METRICS`.
+        extractor: For distances; None if none is asked for.
+        clip: For the CLIP score; None if it is not asked for.
+        reference: A further set that both sides are compared with.
+
+    Raises:
+        DQError: For unknown metrics, sides that do not belong together, and images that cannot be
+            scored.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
+    if list(side.prompts) != list(full.prompts):
+        raise DQError(
+            f"{side.name} and {full.name} were drawn for different prompts; draw both anew"
+        )
+    found = _Found({}, {}, {}, {})
+    _pair(found, side, full, metrics)
+    if clip is not None and "clip" in metrics:
+        texts = clip.embed_texts(side.prompts)
+        mine, theirs = (_clip_scores(clip, each.files, texts) for each in (side, full))
+        found.each("clip", Paired(mine))
+        found.baseline["clip"] = Paired(theirs).mean
+    asked = [name for name in metrics if name in _DISTANCES]
+    if extractor is not None and asked:
+        ours, theirs_ = (
+            extractor.over(images for images, _ in read_batches(each.files, _BATCH))
+            for each in (side, full)
+        )
+        near = Reference(full.name, len(theirs_), theirs_)
+        _distances(found.metrics, found.spread, asked, ours, near, "")
+        if reference is not None:
+            _distances(found.metrics, found.spread, asked, ours, reference, "-reference")
+            _distances(found.baseline, {}, asked, theirs_, reference, "-reference")
+    return Scores(found.metrics, found.baseline, found.spread, found.images)
+
+
+@dataclass(frozen=True)
+class _Found:
+    metrics: dict[str, float]
+    baseline: dict[str, float]
+    spread: dict[str, float]
+    images: dict[str, tuple[float, ...]]
+
+    def each(self, name: str, values: Paired) -> None:
+        """Note a metric that every image has."""
+        self.metrics[name], self.spread[name] = values.mean, values.spread
+        self.images[name] = values.values
+
+
+def _pair(found: _Found, side: Side, full: Side, metrics: Sequence[str]) -> None:
+    asked = [n for n in _PAIRED if n in metrics and (n != "lpips" or has_lpips())]
+    values: dict[str, list[float]] = {name: [] for name in asked}
+    if asked:
+        both = zip(read_batches(side.files, _BATCH), read_batches(full.files, _BATCH), strict=True)
+        for (one, _), (two, _) in both:
+            for name in asked:
+                values[name] += _PAIRED[name](one, two).values
+    for name in asked:
+        found.each(name, Paired(tuple(values[name])))
+    if "cosine" in metrics and side.latents is not None and full.latents is not None:
+        found.each("cosine", paired_cosine(side.latents, full.latents))
+
+
+def _clip_scores(clip: Clip, files: Sequence[Path], texts: Tensor) -> tuple[float, ...]:
+    embedded = [clip.embed_images(images) for images, _ in read_batches(files, _BATCH)]
+    return tuple(clip.scores_of(torch.cat(embedded), texts).tolist())
+
+
+def _distances(
+    metrics: dict[str, float],
+    spread: dict[str, float],
+    asked: Sequence[str],
+    features: Tensor,
+    reference: Reference,
+    suffix: str,
+) -> None:
+    if "fid" in asked:
+        metrics[f"fid{suffix}"] = reference.fid(features)
+    if "kid" in asked:
+        estimate = kid(features, reference.images("kid"))
+        metrics[f"kid{suffix}"], spread[f"kid{suffix}"] = estimate.value, estimate.error
+    if "cmmd" in asked:
+        metrics[f"cmmd{suffix}"] = cmmd(features, reference.images("cmmd"))
+    if "precision" in asked or "recall" in asked:
+        found = precision_recall(features, reference.images("precision"))
+        for name, value in zip(("precision", "recall"), found, strict=True):
+            if name in asked:
+                metrics[name + suffix] = value
