@@ -18,14 +18,15 @@ from PIL import Image, ImageChops
 
 import dq
 from dq import checkpoints
-from dq.errors import DQError
+from dq.errors import DQError, unknown
 from dq.eval.clip import Clip
 from dq.eval.features import Extractor, extractors
 from dq.eval.gate import Gate
 from dq.eval.grid import grid
 from dq.eval.reference import Reference
 from dq.eval.report import Page
-from dq.eval.score import Scores, Side, score
+from dq.eval.resize import RULES
+from dq.eval.score import Scores, Side, check_metrics, score
 from dq.pipelines.draw import default_prompts
 from dq.pipelines.gallery import Gallery, Settings
 from dq.pipelines.pipeline import DQPipeline
@@ -224,6 +225,9 @@ def run(
 
 def _scorers(asked: Asked) -> tuple[Extractor | None, Clip | None]:
     """Load extractors before anything is drawn: what is missing is said at once."""
+    check_metrics(asked.metrics)
+    if asked.rule not in RULES:
+        raise unknown("resize rule", asked.rule, RULES)
     extractor = clip = None
     if {"fid", "kid", "cmmd", "precision", "recall"} & set(asked.metrics):
         extractor = extractors[asked.features](asked.weights, asked.rule, asked.device)
@@ -301,8 +305,8 @@ def _page(report: Report, full: Gallery, galleries: Sequence[Gallery]) -> None:
     page.table(report.rows())
     page.text(", ".join(f"{k}: {v}" for k, v in report.facts.items()))
     for each, gallery in zip(report.candidates, galleries, strict=True):
-        page.heading(f"{each.name}: the eight that differ most")
-        worst = each.scores.worst()
+        worst = each.scores.worst() or list(range(min(8, len(gallery.files))))
+        page.heading(f"{each.name}: the {len(worst)} that differ most")
         pairs = [(_open(full.files[i]), _open(gallery.files[i])) for i in worst]
         rows = {
             _FULL: [a for a, _ in pairs],

@@ -27,7 +27,7 @@ from dq.eval.paired import (
 )
 from dq.eval.reference import Reference
 
-__all__ = ["METRICS", "Scores", "Side", "score"]
+__all__ = ["METRICS", "Scores", "Side", "check_metrics", "score"]
 
 _DISTANCES = ("fid", "kid", "cmmd", "precision", "recall")
 _PAIRED: dict[str, Callable[[Tensor, Tensor], Paired]] = {
@@ -74,16 +74,25 @@ class Scores:
     images: Mapping[str, tuple[float, ...]]
 
     def worst(self, count: int = 8) -> list[int]:
-        """Return the indices of the images that differ most, by the first paired metric."""
+        """Return the indices of the images that differ most; none without a metric an image."""
         name = next((n for n in ("psnr", "ssim", "cosine", "clip") if n in self.images), None)
-        if name is None:
-            return list(range(count))
-        values = self.images[name]
+        values = () if name is None else self.images[name]
         return sorted(range(len(values)), key=lambda index: values[index])[:count]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         return dataclasses.asdict(self)
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuse names that are no metrics.
+
+    Raises:
+        DQError: Names the nearest.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise unknown("metric", name, METRICS)
 
 
 def score(
@@ -108,9 +117,7 @@ def score(
         DQError: For unknown metrics, sides that do not belong together, and images that cannot be
             scored.
     """
-    for name in metrics:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
+    check_metrics(metrics)
     if list(side.prompts) != list(full.prompts):
         raise DQError(
             f"{side.name} and {full.name} were drawn for different prompts; draw both anew"
@@ -129,7 +136,7 @@ def score(
             for each in (side, full)
         )
         near = Reference(full.name, len(theirs_), theirs_)
-        _distances(found.metrics, found.spread, asked, ours, near, "")
+        _distances(found.metrics, found.spread, asked, ours, near)
         if reference is not None:
             _distances(found.metrics, found.spread, asked, ours, reference, "-reference")
             _distances(found.baseline, {}, asked, theirs_, reference, "-reference")
@@ -174,15 +181,16 @@ def _distances(
     asked: Sequence[str],
     features: Tensor,
     reference: Reference,
-    suffix: str,
+    suffix: str = "",
 ) -> None:
+    paired = suffix == ""  # full precision drew the same seeds
     if "fid" in asked:
         metrics[f"fid{suffix}"] = reference.fid(features)
     if "kid" in asked:
-        estimate = kid(features, reference.images("kid"))
+        estimate = kid(features, reference.images("kid"), paired=paired)
         metrics[f"kid{suffix}"], spread[f"kid{suffix}"] = estimate.value, estimate.error
     if "cmmd" in asked:
-        metrics[f"cmmd{suffix}"] = cmmd(features, reference.images("cmmd"))
+        metrics[f"cmmd{suffix}"] = cmmd(features, reference.images("cmmd"), paired)
     if "precision" in asked or "recall" in asked:
         found = precision_recall(features, reference.images("precision"))
         for name, value in zip(("precision", "recall"), found, strict=True):

@@ -68,6 +68,20 @@ def test_cmmd_equals_the_definition() -> None:
     assert cmmd(x, y) == pytest.approx(1000 * expected, rel=1e-6)
 
 
+def test_paired_sets_leave_out_their_pairs() -> None:
+    x = features(40, 0).double()
+    assert kid(x, x, paired=True).value == pytest.approx(0, abs=1e-12)
+    assert cmmd(x, x, paired=True) == pytest.approx(0, abs=1e-9)
+    assert kid(x, x).value < -0.01  # as if closer than equal
+    near, far = (kid(x, x + s * features(40, 1), paired=True).value for s in (0.1, 1.0))
+    assert abs(near) < far
+    some = kid(x, x, subset=10, subsets=5, paired=True)
+    assert some.value == pytest.approx(0, abs=1e-12)
+    for distance in (kid, cmmd):
+        with pytest.raises(DQError, match="40 images cannot be paired with 39"):
+            distance(x, x[:-1], paired=True)
+
+
 @pytest.mark.parametrize("distance", [kid, cmmd])
 def test_mistakes(distance) -> None:
     with pytest.raises(DQError, match="at least 2 images on each side, not 1"):
