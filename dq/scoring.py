@@ -20,6 +20,7 @@ import dq
 from dq import checkpoints
 from dq.errors import DQError, unknown
 from dq.eval.clip import Clip
+from dq.eval.curve import curve
 from dq.eval.features import Extractor, extractors
 from dq.eval.gate import Gate
 from dq.eval.grid import grid
@@ -76,6 +77,8 @@ class Candidate:
         bytes_on_disk: Packed tensors of the denoiser.
         average_weight_bits: Scales included; 16 or 32 if it is not quantized.
         compute_paths: Number of layers by what they compute on.
+        peak_megabytes: The denoiser with its copies, and what drawing a batch takes for a while;
+            1e6 bytes, None if the system does not tell.
         seconds_per_image: Median over the batches, text encoder and decoder included.
         full_seconds_per_image: Of full precision.
         seconds_per_step: The same over the steps.
@@ -86,6 +89,7 @@ class Candidate:
     bytes_on_disk: int
     average_weight_bits: float
     compute_paths: Mapping[str, int]
+    peak_megabytes: float | None
     seconds_per_image: float
     full_seconds_per_image: float
     seconds_per_step: float
@@ -96,11 +100,13 @@ class Report:
     """What was found.
 
     Attributes:
+        full: Bits and megabytes of full precision.
         facts: Extractor, resize rule, number of images, seeds, versions.
         candidates: One a pipeline.
         folder: Where images and page are.
     """
 
+    full: Mapping[str, float]
     facts: Mapping[str, Any]
     candidates: tuple[Candidate, ...]
     folder: Path
@@ -134,9 +140,11 @@ class Report:
         """Return a table, a line a candidate, full precision's own scores first."""
         names = list(dict.fromkeys(n for c in self.candidates for n in c.scores.metrics))
         first = self.candidates[0]
-        full: dict[str, object] = {"": _FULL, "bits": "", "MB": ""}
+        full: dict[str, object] = {
+            "": _FULL, "bits": f"{self.full['bits']:.2f}", "MB": f"{self.full['megabytes']:.2f}"
+        }  # fmt: skip
         full |= {n: _number(first.scores.baseline.get(n)) for n in names}
-        rows = [{**full, "s/image": f"{first.full_seconds_per_image:.3f}"}]
+        rows = [{**full, "peak MB": "", "s/image": f"{first.full_seconds_per_image:.3f}"}]
         for each in self.candidates:
             row: dict[str, object] = {
                 "": each.name,
@@ -146,7 +154,8 @@ class Report:
             for name in names:
                 spread = each.scores.spread.get(name)
                 value = _number(each.scores.metrics.get(name))
-                row[name] = value if spread is None else f"{value} ± {_number(spread)}"
+                row[name] = value if spread is None else f"{value} ± {spread:.2g}"
+            row["peak MB"] = "?" if each.peak_megabytes is None else f"{each.peak_megabytes:.0f}"
             rows.append({**row, "s/image": f"{each.seconds_per_image:.3f}"})
         return rows
 
@@ -198,6 +207,10 @@ def run(
     )
     full = _gallery(pipe, against, folder / "full", settings)
     full.draw(pipe)
+    weight = {
+        "bits": pipe.footprint().average_weight_bits or 8.0 * asked.dtype.itemsize,
+        "megabytes": pipe.footprint().stored_bytes / 1e6,
+    }
     del pipe
     drawn = [_draw(model, against, folder, settings, asked) for model in models]
     state = PartialState()
@@ -207,16 +220,18 @@ def run(
         reference = Reference.load(asked.reference, extractor, asked.skip_bad)
     other = Side(_FULL, full.files, settings.prompts, full.latents())
     candidates = []
-    for gallery, facts in drawn:
+    for gallery, weighed in drawn:
         side = Side(gallery.folder.name, gallery.files, settings.prompts, gallery.latents())
         found = score(side, other, asked.metrics, extractor, clip, reference)
         time, full_time = (_per_image(g) for g in (gallery, full))
         per_step = time / settings.steps
         candidates.append(
-            Candidate(gallery.folder.name, found, **facts, seconds_per_image=time,
+            Candidate(gallery.folder.name, found, **weighed, seconds_per_image=time,
                       full_seconds_per_image=full_time, seconds_per_step=per_step)
         )  # fmt: skip
-    report = Report(_facts(settings, asked, extractor, clip, reference), tuple(candidates), folder)
+    report = Report(
+        weight, _facts(settings, asked, extractor, clip, reference), tuple(candidates), folder
+    )
     if state.is_main_process:
         (folder / "scores.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
         _page(report, full, [gallery for gallery, _ in drawn])
@@ -251,12 +266,13 @@ def _draw(
     name = Path(model).stem if recipe else Path(model).name
     gallery = _gallery(pipe, model, folder / name, settings)
     gallery.draw(pipe)
-    count = pipe.footprint()
+    count, growth = pipe.footprint(), gallery.peak_bytes()
     float_bits = 8.0 * asked.dtype.itemsize
     return gallery, {
         "bytes_on_disk": count.stored_bytes,
         "average_weight_bits": count.average_weight_bits or float_bits,
         "compute_paths": {path: layers for path, (layers, _) in count.paths().items()},
+        "peak_megabytes": None if growth is None else (count.resident_bytes + growth) / 1e6,
     }
 
 
@@ -304,6 +320,10 @@ def _page(report: Report, full: Gallery, galleries: Sequence[Gallery]) -> None:
     page = Page("dq eval")
     page.table(report.rows())
     page.text(", ".join(f"{k}: {v}" for k, v in report.facts.items()))
+    panels = _panels(report)
+    if len(report.candidates) > 1 and panels:
+        page.heading("Bits against quality")
+        page.image(curve(panels), "scores of all candidates by bits a weight")
     for each, gallery in zip(report.candidates, galleries, strict=True):
         worst = each.scores.worst() or list(range(min(8, len(gallery.files))))
         page.heading(f"{each.name}: the {len(worst)} that differ most")
@@ -316,8 +336,19 @@ def _page(report: Report, full: Gallery, galleries: Sequence[Gallery]) -> None:
         page.image(grid(rows, [gallery.settings.prompts[i] for i in worst]), "the worst images")
         paths = ", ".join(f"{n} layers {path}" for path, n in each.compute_paths.items())
         page.text(f"computes as {paths or 'float'}")
-        page.table([_line(each.scores, gallery.settings.prompts, i) for i in worst])
+        lines = [_line(each.scores, gallery.settings.prompts, i) for i in range(len(gallery.files))]
+        page.table([lines[i] for i in worst])
+        page.table(lines, folded=f"all {len(lines)} images")
     page.write(report.folder / "report.html")
+
+
+def _panels(report: Report) -> dict[str, list[tuple[str, float, float]]]:
+    """Return the points of up to three metrics."""
+    names = [name for name in ("psnr", "clip", "fid") if name in report.metrics]
+    return {
+        name: [(c.name, c.average_weight_bits, c.scores.metrics[name]) for c in report.candidates]
+        for name in names
+    }
 
 
 def _open(file: Path) -> Image.Image:

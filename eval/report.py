@@ -43,14 +43,22 @@ class Page:
         """Add a section heading."""
         self._parts.append(f"<h2>{html.escape(words)}</h2>")
 
-    def table(self, rows: Sequence[Mapping[str, object]]) -> None:
-        """Add a table; the keys of the first row are its head."""
+    def table(self, rows: Sequence[Mapping[str, object]], folded: str = "") -> None:
+        """Add a table; the keys of the first row are its head.
+
+        Args:
+            rows: At least one.
+            folded: Words to click on before it shows; empty for a table in plain sight.
+        """
         head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>"
             for row in rows
         )
-        self._parts.append(f"<table><tr>{head}</tr>{body}</table>")
+        table = f"<table><tr>{head}</tr>{body}</table>"
+        if folded:
+            table = f"<details><summary>{html.escape(folded)}</summary>{table}</details>"
+        self._parts.append(table)
 
     def image(self, image: Image.Image, alt: str) -> None:
         """Add a picture, embedded as PNG."""

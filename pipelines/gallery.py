@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dq.errors import DQError
+from dq.memory import peak_growth
 from dq.pipelines.draw import draw
 from dq.progress import track
 
@@ -94,6 +95,11 @@ class Gallery:
         """Return what each batch took to draw."""
         return [float(load_file(self._latents(batch))["seconds"]) for batch in self.batches()]
 
+    def peak_bytes(self) -> int | None:
+        """Return the most that drawing a batch took for a while; None if the system did not say."""
+        known = [load_file(self._latents(batch)).get("bytes") for batch in self.batches()]
+        return max((int(k) for k in known if k is not None), default=None)
+
     def _latents(self, batch: range) -> Path:
         return self.folder / "batches" / f"{batch.start:05}.safetensors"
 
@@ -141,14 +147,23 @@ class Gallery:
 
     def _draw(self, pipe: Any, batch: range) -> None:
         settings = self.settings
-        start = time.perf_counter()
-        with _decoded(pipe) as seen:
-            images = draw(
+        images: list[Any] = []
+
+        def run() -> None:
+            images.extend(draw(
                 pipe, settings.prompts[batch.start : batch.stop],
                 [settings.seed + index for index in batch], settings.steps, settings.guidance,
                 batch=settings.batch,
-            )  # fmt: skip
+            ))  # fmt: skip
+
+        start = time.perf_counter()
+        with _decoded(pipe) as seen:
+            growth = peak_growth(run)
+            if growth is None:
+                run()
         record = {"seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64)}
+        if growth is not None:
+            record["bytes"] = torch.tensor(growth)
         if seen and sum(map(len, seen)) == len(images):
             record["latents"] = torch.cat(seen)
         for index, image in zip(batch, images, strict=True):

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import nn
 
 from dq.bench import RandomModel, Report, run
-from dq.bench.memory import peak_growth
 from dq.bench.models import RANDOM_MODELS, Checkpoint, subject
 from dq.bench.peers import PEERS, peers
 from dq.bench.plot import plot
@@ -25,6 +24,7 @@ from dq.distance import relative_error
 from dq.errors import DQError
 from dq.family import family_of
 from dq.kernels.native import library
+from dq.memory import peak_growth
 from dq.pipelines.noise import NoiseSource
 
 TINY = RandomModel(

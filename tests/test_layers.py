@@ -8,8 +8,8 @@ import pytest
 from tests.modules import MODULES
 
 LAYERS = (  # from the bottom; modules of a package share its layer
-    "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.folders dq.kernels "
-    "dq.checkpoints",
+    "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.folders dq.memory "
+    "dq.kernels dq.checkpoints",
     "dq.formats dq.spec dq.quantize dq.scales dq.observers dq.storage",
     "dq.plan",
     "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.tune dq.family dq.runtime",

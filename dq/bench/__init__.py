@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dq.bench.memory import peak_growth
 from dq.bench.models import RANDOM_MODELS, Checkpoint, RandomModel, Subject, subject
 from dq.bench.peers import peers
 from dq.bench.profile import Operator, operators, products
@@ -21,6 +20,7 @@ from dq.bench.timing import Times, interleave, threads_set
 from dq.bench.variants import BASELINE, COMPILED, REFERENCE, Variant, pipelines, variants
 from dq.errors import DQError
 from dq.family import quantizable
+from dq.memory import peak_growth
 from dq.pipelines.footprint import footprint
 from dq.recipe import Recipe
 

@@ -28,3 +28,11 @@ def test_page_embeds_everything_and_escapes_text(tmp_path: Path) -> None:
     picture = Image.open(io.BytesIO(base64.b64decode(data)))
     assert picture.size == (3, 2)
     assert picture.getpixel((1, 1)) == (255, 0, 0)
+
+
+def test_long_tables_can_be_folded(tmp_path: Path) -> None:
+    page = Page("x")
+    page.table([{"a": 1}], folded="all <images>")
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<details><summary>all &lt;images&gt;</summary><table>" in text
