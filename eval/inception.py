@@ -165,7 +165,7 @@ class Inception(nn.Module):
         except (RuntimeError, KeyError, ValueError, AttributeError) as error:
             raise DQError(
                 f"{file} does not hold the 2015 Inception weights ({str(error).splitlines()[0]}); "
-                "see `dq eval --help` for where to get them"
+                "`dq eval --features inception` without --weights names three places to get them"
             ) from error
         return model
 
