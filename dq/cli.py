@@ -329,6 +329,8 @@ def evaluate(
     )  # fmt: skip
     settings = Settings((), seed, steps, guidance, batch)
     report = run(models, against, output, asked, count, settings, _lines(prompts))
+    if report is None:  # another process reports
+        return
     failures = report.failures(thresholds)
     if as_json:
         _print_json({**report.to_dict(), "failures": failures})

@@ -182,7 +182,7 @@ def run(
     count: int,
     settings: Settings | None = None,
     prompts: Sequence[str] | None = None,
-) -> Report:
+) -> Report | None:
     """Draw, score and write `report.html` and `scores.json`.
 
     Args:
@@ -193,6 +193,9 @@ def run(
         count: Images on each side.
         settings: Seed, steps, guidance and batch; its prompts are not used.
         prompts: What to draw, repeated if there are fewer than images; None for the pipeline's own.
+
+    Returns:
+        What was found; None in all but the first of several processes, which only draw.
 
     Raises:
         DQError: For everything that a user can mend.
@@ -215,6 +218,8 @@ def run(
     drawn = [_draw(model, against, folder, settings, asked) for model in models]
     state = PartialState()
     state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
     reference = None
     if asked.reference is not None and extractor is not None:
         reference = Reference.load(asked.reference, extractor, asked.skip_bad)
@@ -232,9 +237,8 @@ def run(
     report = Report(
         weight, _facts(settings, asked, extractor, clip, reference), tuple(candidates), folder
     )
-    if state.is_main_process:
-        (folder / "scores.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-        _page(report, full, [gallery for gallery, _ in drawn])
+    (folder / "scores.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    _page(report, full, [gallery for gallery, _ in drawn])
     return report
 
 
