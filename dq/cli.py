@@ -287,7 +287,8 @@ def evaluate(
         str | None, typer.Option(help="CLIP model for the score; the embedded one by default")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="folder of images or .npz to compare both sides with")
+        Path | None,
+        typer.Option(help="folder, .npz or pipeline to compare both sides with"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to draw into")] = Path(
         "dq-eval"

@@ -30,7 +30,7 @@ from dq.eval.resize import RULES
 from dq.eval.score import Scores, Side, check_metrics, score
 from dq.pipelines.draw import default_prompts
 from dq.pipelines.gallery import Gallery, Settings
-from dq.pipelines.pipeline import DQPipeline
+from dq.pipelines.pipeline import DQPipeline, resolve
 from dq.recipe import templates
 from dq.work import fingerprint
 
@@ -50,7 +50,8 @@ class Asked:
         weights: Its weights; None for those that come with it.
         rule: How images are resized for it.
         clip: CLIP model for the CLIP score, folder or hub name.
-        reference: Folder of images or `.npz` that both sides are compared with; None for none.
+        reference: Folder of images, `.npz`, or pipeline to draw such images by, that both sides are
+            compared with; None for none.
         dtype: Of everything that is not packed.
         device: Where pipelines and extractors run.
         skip_bad: Whether files of the reference that cannot be read are left out.
@@ -74,7 +75,8 @@ class Candidate:
     Attributes:
         name: Checkpoint, or recipe.
         scores: Against full precision.
-        bytes_on_disk: Packed tensors of the denoiser.
+        stored_bytes: All tensors of the denoiser.
+        bytes_on_disk: Its weight files; None for a recipe, which has none.
         average_weight_bits: Scales included; 16 or 32 if it is not quantized.
         compute_paths: Number of layers by what they compute on.
         peak_megabytes: The denoiser with its copies, and what drawing a batch takes for a while;
@@ -86,7 +88,8 @@ class Candidate:
 
     name: str
     scores: Scores
-    bytes_on_disk: int
+    stored_bytes: int
+    bytes_on_disk: int | None
     average_weight_bits: float
     compute_paths: Mapping[str, int]
     peak_megabytes: float | None
@@ -137,37 +140,54 @@ class Report:
         }
 
     def rows(self) -> list[dict[str, object]]:
-        """Return a table, a line a candidate, full precision's own scores first."""
-        names = list(dict.fromkeys(n for c in self.candidates for n in c.scores.metrics))
-        first = self.candidates[0]
-        full: dict[str, object] = {
-            "": _FULL, "bits": f"{self.full['bits']:.2f}", "MB": f"{self.full['megabytes']:.2f}"
-        }  # fmt: skip
-        full |= {n: _number(first.scores.baseline.get(n)) for n in names}
-        rows = [{**full, "peak MB": "", "s/image": f"{first.full_seconds_per_image:.3f}"}]
+        """Return a table of sizes, times and scores, full precision in its first line."""
+        rows: list[dict[str, object]] = [
+            {"": _FULL, "bits": f"{self.full['bits']:.2f}", "MB": f"{self.full['megabytes']:.2f}"}
+        ]
         for each in self.candidates:
-            row: dict[str, object] = {
-                "": each.name,
-                "bits": f"{each.average_weight_bits:.2f}",
-                "MB": f"{each.bytes_on_disk / 1e6:.2f}",
-            }
-            for name in names:
+            size = each.stored_bytes if each.bytes_on_disk is None else each.bytes_on_disk
+            bits = f"{each.average_weight_bits:.2f}"
+            rows.append({"": each.name, "bits": bits, "MB": f"{size / 1e6:.2f}"})
+        self._add_scores(rows, reference=False)
+        times = [self.candidates[0].full_seconds_per_image]
+        times += [each.seconds_per_image for each in self.candidates]
+        peaks = [None, *(each.peak_megabytes for each in self.candidates)]
+        for row, time, peak in zip(rows, times, peaks, strict=True):
+            row |= {"peak MB": "" if peak is None else f"{peak:.0f}", "s/image": f"{time:.3f}"}
+        return rows
+
+    def reference_rows(self) -> list[dict[str, object]]:
+        """Return a table of the distances to the reference set; empty without one."""
+        rows: list[dict[str, object]] = [
+            {"": name} for name in (_FULL, *(each.name for each in self.candidates))
+        ]
+        self._add_scores(rows, reference=True)
+        return rows if len(rows[0]) > 1 else []
+
+    def _add_scores(self, rows: list[dict[str, object]], reference: bool) -> None:
+        """Add the columns of metrics to the reference set, or of all others."""
+        names = dict.fromkeys(n for c in self.candidates for n in c.scores.metrics)
+        for name in [n for n in names if n.endswith("-reference") is reference]:
+            rows[0][name] = _number(self.candidates[0].scores.baseline.get(name))
+            for row, each in zip(rows[1:], self.candidates, strict=True):
                 spread = each.scores.spread.get(name)
                 value = _number(each.scores.metrics.get(name))
                 row[name] = value if spread is None else f"{value} ± {spread:.2g}"
-            row["peak MB"] = "?" if each.peak_megabytes is None else f"{each.peak_megabytes:.0f}"
-            rows.append({**row, "s/image": f"{each.seconds_per_image:.3f}"})
-        return rows
 
     def __str__(self) -> str:
-        rows = self.rows()
-        table = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in table]
+        lines = _lines_of(self.rows())
+        if self.reference_rows():
+            lines += ["", *_lines_of(self.reference_rows())]
         lines += ["", ", ".join(f"{k} {v}" for k, v in self.facts.items() if k != "warning")]
         if "warning" in self.facts:
             lines.append(f"warning: {self.facts['warning']}")
         return "\n".join([*lines, f"look at {self.folder}/report.html"])
+
+
+def _lines_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    table = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in table]
 
 
 def _number(value: float | None) -> str:
@@ -216,13 +236,18 @@ def run(
     }
     del pipe
     drawn = [_draw(model, against, folder, settings, asked) for model in models]
+    shown = _drawn_reference(asked, folder, settings, prompts)
     state = PartialState()
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
     reference = None
     if asked.reference is not None and extractor is not None:
-        reference = Reference.load(asked.reference, extractor, asked.skip_bad)
+        if shown is None:
+            reference = Reference.load(asked.reference, extractor, asked.skip_bad)
+        else:
+            name = str(asked.reference)
+            reference = Reference.of_files(name, shown.files, extractor, asked.skip_bad)
     other = Side(_FULL, full.files, settings.prompts, full.latents())
     candidates = []
     for gallery, weighed in drawn:
@@ -256,6 +281,27 @@ def _scorers(asked: Asked) -> tuple[Extractor | None, Clip | None]:
     return extractor, clip
 
 
+def _drawn_reference(
+    asked: Asked, folder: Path, settings: Settings, prompts: Sequence[str] | None
+) -> Gallery | None:
+    """Draw the reference set if it is a pipeline; by default for that one's own prompts."""
+    if asked.reference is None or not _is_pipeline(str(asked.reference)):
+        return None
+    name = str(asked.reference)
+    pipe = DQPipeline.from_pretrained(name, dtype=asked.dtype).to(asked.device)
+    words, count = tuple(prompts or default_prompts(pipe)), len(settings.prompts)
+    chosen = tuple(words[i % len(words)] for i in range(count))
+    gallery = _gallery(
+        pipe, name, folder / "reference", dataclasses.replace(settings, prompts=chosen)
+    )
+    gallery.draw(pipe)
+    return gallery
+
+
+def _is_pipeline(name: str) -> bool:
+    return name in checkpoints.names() or (Path(name) / "model_index.json").is_file()
+
+
 def _gallery(pipe: Any, model: str, folder: Path, settings: Settings) -> Gallery:
     return Gallery(folder, f"{model} {fingerprint(pipe.denoiser, {})}", settings)
 
@@ -273,11 +319,19 @@ def _draw(
     count, growth = pipe.footprint(), gallery.peak_bytes()
     float_bits = 8.0 * asked.dtype.itemsize
     return gallery, {
-        "bytes_on_disk": count.stored_bytes,
+        "stored_bytes": count.stored_bytes,
+        "bytes_on_disk": _files(source, pipe) if not recipe else None,
         "average_weight_bits": count.average_weight_bits or float_bits,
         "compute_paths": {path: layers for path, (layers, _) in count.paths().items()},
         "peak_megabytes": None if growth is None else (count.resident_bytes + growth) / 1e6,
     }
+
+
+def _files(model: str, pipe: Any) -> int | None:
+    """Return the bytes of a local checkpoint's denoiser files."""
+    name = next(k for k, v in pipe.components.items() if v is pipe.denoiser)
+    found = [f.stat().st_size for f in (Path(resolve(model)) / name).glob("*.safetensors")]
+    return sum(found) or None
 
 
 def _is_recipe(model: str) -> bool:
@@ -323,6 +377,9 @@ def _facts(
 def _page(report: Report, full: Gallery, galleries: Sequence[Gallery]) -> None:
     page = Page("dq eval")
     page.table(report.rows())
+    if report.reference_rows():
+        page.heading("Distances to the reference set")
+        page.table(report.reference_rows())
     page.text(", ".join(f"{k}: {v}" for k, v in report.facts.items()))
     panels = _panels(report)
     if len(report.candidates) > 1 and panels:

@@ -20,6 +20,7 @@ h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid #ddd; padding: .25rem .9rem .25rem 0 }
 th, td { text-align: left; vertical-align: top }
+td { white-space: nowrap }
 img { max-width: 100%; border: 1px solid #eee }
 """
 

@@ -86,7 +86,22 @@ def test_a_checkpoint_and_a_reference(scored: tuple[Path, Done], tmp_path: Path)
     values = json.loads(done.stdout)
     assert set(values["metrics"]) == {"fid", "kid", "fid-reference", "kid-reference"}
     assert values["baseline"]["fid-reference"] == pytest.approx(0, abs=1e-2)
-    assert values["candidates"][0]["name"] == "packed"
+    (candidate,) = values["candidates"]
+    files = list((tmp_path / "packed" / "unet").glob("*.safetensors"))
+    assert candidate["name"] == "packed"
+    assert candidate["bytes_on_disk"] == sum(f.stat().st_size for f in files)
+    assert candidate["bytes_on_disk"] == pytest.approx(candidate["stored_bytes"], rel=0.03)
+
+
+def test_another_pipeline_is_a_reference(scored: tuple[Path, Done]) -> None:
+    folder, _ = scored
+    words = ("--metrics", "fid", "--reference", "emoji-dit", "-o", folder)
+    done = dq("eval", "w8a8", "--against", "emoji-unet", *FAST, *words)
+    assert done.returncode == 0, done.stderr
+    assert "reference emoji-dit (4)" in done.stdout
+    assert "fid-reference" in done.stdout
+    assert (folder / "reference" / "00003.png").is_file()
+    assert "Distances to the reference set" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
