@@ -14,7 +14,7 @@ from dq.eval.images import check_images
 from dq.eval.resize import RULES, resize
 from dq.registry import Registry
 
-__all__ = ["Extractor", "Maker", "extractors", "of_module"]
+__all__ = ["Extractor", "Maker", "check_dimensions", "extractors", "of_module"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,19 @@ class Extractor:
     def over(self, batches: Iterable[Tensor]) -> Tensor:
         """Return the features of all images of some batches; one batch is in memory at a time."""
         return torch.cat([self(batch) for batch in batches])
+
+
+def check_dimensions(one: int, two: int) -> None:
+    """Refuse features that different extractors have made.
+
+    Raises:
+        DQError: If the numbers of dimensions differ.
+    """
+    if one != two:
+        raise DQError(
+            f"features of {one} and of {two} dimensions cannot be compared; "
+            "use the extractor that the reference was made with"
+        )
 
 
 Maker = Callable[[Path | None, str, str], Extractor]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dq.errors import DQError
+from dq.eval.features import check_dimensions
 
 __all__ = ["Moments", "frechet_distance", "frechet_distance_of_features"]
 
@@ -52,7 +53,7 @@ class Moments:
 
     def merged(self, other: Moments) -> Moments:
         """Return the moments of both sets together (Chan, Golub and LeVeque 1979)."""
-        _same_size(self.mean, other.mean)
+        check_dimensions(len(self.mean), len(other.mean))
         count = self.count + other.count
         apart = other.mean - self.mean
         mean = self.mean + apart * (other.count / count)
@@ -73,7 +74,7 @@ def frechet_distance(one: Moments, two: Moments) -> float:
     Raises:
         DQError: If the features have different numbers of dimensions.
     """
-    _same_size(one.mean, two.mean)
+    check_dimensions(len(one.mean), len(two.mean))
     values, vectors = torch.linalg.eigh(one.covariance)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ two.covariance @ root).clamp_min(0).sqrt().sum()
@@ -94,7 +95,7 @@ def frechet_distance_of_features(one: Tensor, two: Tensor) -> float:
     Raises:
         DQError: If there are fewer than two of either, or their dimensions differ.
     """
-    _same_size(one[0], two[0])
+    check_dimensions(one.shape[1], two.shape[1])
     if min(len(one), len(two)) >= one.shape[1]:
         return frechet_distance(Moments.of(one), Moments.of(two))
     for features in (one, two):
@@ -109,11 +110,3 @@ def frechet_distance_of_features(one: Tensor, two: Tensor) -> float:
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.mean(0)
     return mean, (x - mean) / (len(x) - 1) ** 0.5
-
-
-def _same_size(one: Tensor, two: Tensor) -> None:
-    if one.shape != two.shape:
-        raise DQError(
-            f"features of {len(one)} and of {len(two)} dimensions cannot be compared; "
-            "use the extractor that the reference was made with"
-        )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dq.errors import DQError
+from dq.eval.features import check_dimensions
 
 __all__ = ["Estimate", "cmmd", "kid"]
 
@@ -147,10 +148,6 @@ def _check(one: Tensor, two: Tensor, paired: bool) -> None:
     for features in (one, two):
         if len(features) < 2:
             raise DQError(f"a distance needs at least 2 images on each side, not {len(features)}")
-    if one.shape[1] != two.shape[1]:
-        raise DQError(
-            f"features of {one.shape[1]} and of {two.shape[1]} dimensions cannot be compared; "
-            "use the extractor that the reference was made with"
-        )
+    check_dimensions(one.shape[1], two.shape[1])
     if paired and len(one) != len(two):
         raise DQError(f"{len(one)} images cannot be paired with {len(two)}")

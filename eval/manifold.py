@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dq.errors import DQError
+from dq.eval.features import check_dimensions
 
 __all__ = ["precision_recall"]
 
@@ -31,11 +32,7 @@ def precision_recall(images: Tensor, reference: Tensor, neighbours: int = 3) -> 
     """
     if min(len(images), len(reference)) <= neighbours:
         raise DQError(f"precision and recall need more than {neighbours} images on each side")
-    if images.shape[1] != reference.shape[1]:
-        raise DQError(
-            f"features of {images.shape[1]} and of {reference.shape[1]} dimensions cannot be "
-            "compared; use the extractor that the reference was made with"
-        )
+    check_dimensions(images.shape[1], reference.shape[1])
     x, y = images.double(), reference.double()
     return _covered(x, y, neighbours), _covered(y, x, neighbours)
 

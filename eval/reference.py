@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,7 +21,9 @@ __all__ = ["Reference", "features_of_files"]
 _BATCH = 64
 
 
-def features_of_files(files: list[Path], extractor: Extractor, skip_bad: bool = False) -> Tensor:
+def features_of_files(
+    files: Sequence[Path], extractor: Extractor, skip_bad: bool = False
+) -> Tensor:
     """Return the features of images, `(N, d)`; one batch of images is in memory at a time."""
     return extractor.over(images for images, _ in read_batches(files, _BATCH, skip_bad))
 

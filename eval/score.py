@@ -25,17 +25,17 @@ from dq.eval.paired import (
     paired_psnr,
     paired_ssim,
 )
-from dq.eval.reference import Reference
+from dq.eval.reference import Reference, features_of_files
 
-__all__ = ["METRICS", "Scores", "Side", "check_metrics", "score"]
+__all__ = ["DISTANCES", "METRICS", "Scores", "Side", "check_metrics", "score"]
 
-_DISTANCES = ("fid", "kid", "cmmd", "precision", "recall")
+DISTANCES = ("fid", "kid", "cmmd", "precision", "recall")
 _PAIRED: dict[str, Callable[[Tensor, Tensor], Paired]] = {
     "psnr": paired_psnr,
     "ssim": paired_ssim,
     "lpips": paired_lpips,
 }
-METRICS = ("psnr", "ssim", "cosine", "lpips", "clip", *_DISTANCES)
+METRICS = ("psnr", "ssim", "cosine", "lpips", "clip", *DISTANCES)
 _BATCH = 32
 
 
@@ -129,12 +129,9 @@ def score(
         mine, theirs = (_clip_scores(clip, each.files, texts) for each in (side, full))
         found.each("clip", Paired(mine))
         found.baseline["clip"] = Paired(theirs).mean
-    asked = [name for name in metrics if name in _DISTANCES]
+    asked = [name for name in metrics if name in DISTANCES]
     if extractor is not None and asked:
-        ours, theirs_ = (
-            extractor.over(images for images, _ in read_batches(each.files, _BATCH))
-            for each in (side, full)
-        )
+        ours, theirs_ = (features_of_files(each.files, extractor) for each in (side, full))
         near = Reference(full.name, len(theirs_), theirs_)
         _distances(found.metrics, found.spread, asked, ours, near)
         if reference is not None:

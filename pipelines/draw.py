@@ -15,7 +15,7 @@ from dq.errors import DQError, unknown
 from dq.pipelines.prompts import PROMPTS
 from dq.progress import track
 
-__all__ = ["PipelineSource", "default_prompts", "draw"]
+__all__ = ["PipelineSource", "default_prompts", "draw", "repeated"]
 
 
 def default_prompts(pipe: Any) -> tuple[str, ...]:
@@ -25,6 +25,11 @@ def default_prompts(pipe: Any) -> tuple[str, ...]:
         return own or PROMPTS
     names = list(_classes(pipe))
     return tuple(names[:: max(1, len(names) // 64)][:64])
+
+
+def repeated(prompts: Sequence[str], count: int) -> tuple[str, ...]:
+    """Return so many prompts, from the start again where there are fewer."""
+    return tuple(prompts[index % len(prompts)] for index in range(count))
 
 
 def _takes(pipe: Any, argument: str) -> bool:

@@ -148,27 +148,30 @@ class Gallery:
     def _draw(self, pipe: Any, batch: range) -> None:
         settings = self.settings
         images: list[Any] = []
+        seconds = 0.0
 
         def run() -> None:
+            nonlocal seconds
+            start = time.perf_counter()
             images.extend(draw(
                 pipe, settings.prompts[batch.start : batch.stop],
                 [settings.seed + index for index in batch], settings.steps, settings.guidance,
                 batch=settings.batch,
             ))  # fmt: skip
+            seconds = time.perf_counter() - start
 
-        start = time.perf_counter()
         with _decoded(pipe) as seen:
             growth = peak_growth(run)
             if growth is None:
                 run()
-        record = {"seconds": torch.tensor(time.perf_counter() - start, dtype=torch.float64)}
+        record = {"seconds": torch.tensor(seconds, dtype=torch.float64)}
         if growth is not None:
             record["bytes"] = torch.tensor(growth)
         if seen and sum(map(len, seen)) == len(images):
             record["latents"] = torch.cat(seen)
         for index, image in zip(batch, images, strict=True):
             image.save(self.files[index])
-        partial = self._latents(batch).with_suffix(f".{index}")
+        partial = self._latents(batch).with_suffix(".partial")
         save_file(record, partial)
         partial.replace(self._latents(batch))  # last: this says that the images are whole
 

@@ -19,7 +19,7 @@ from dq.bench.peers import Peer
 from dq.bench.timing import interleave
 from dq.errors import DQError
 from dq.family import family_of
-from dq.pipelines.draw import default_prompts, draw
+from dq.pipelines.draw import default_prompts, draw, repeated
 from dq.recipe import Recipe
 
 __all__ = ["BASELINE", "COMPILED", "REFERENCE", "Variant", "pipelines", "variants"]
@@ -165,8 +165,7 @@ def pipelines(
     attention.install(pipes[_ATTENTION].denoiser)
     for recipe in recipes:
         pipes[recipe.name] = subject.pipeline(torch.bfloat16, recipe, seed)
-    prompts = default_prompts(pipes[REFERENCE])
-    chosen = [prompts[i % len(prompts)] for i in range(batch)]
+    chosen = repeated(default_prompts(pipes[REFERENCE]), batch)
     seeds = [seed + i for i in range(batch)]
 
     def drawn(pipe: Any, return_dict: bool) -> tuple[Tensor]:

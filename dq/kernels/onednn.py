@@ -265,18 +265,10 @@ def _(codes: list[Tensor], scales: Tensor | None, *rest: Any) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def product(x: Tensor, a: Arguments, codes: Codes | None = None) -> Tensor:
-    """Integer linear layer through oneDNN, whatever its size.
-
-    Args:
-        x: `(R, K)`.
-        a: The layer.
-        codes: Of `x`, if they are known.
-    """
+def product(x: Tensor, a: Arguments) -> Tensor:
+    """Integer linear layer through oneDNN, whatever its size; `x`: `(R, K)`."""
     kept = _prepare(a)
-    if codes is None:
-        codes = quantized(x, a, kept.affine)
-    return _multiply(_LINEAR, codes, a, kept, x.dtype)
+    return _multiply(_LINEAR, quantized(x, a, kept.affine), a, kept, x.dtype)
 
 
 _WAYS = {True: ("rows", "oneDNN"), False: ("rows, 4 bits", "oneDNN, 4 bits")}  # by `keep`
@@ -320,7 +312,7 @@ def linear(x: Tensor, a: Arguments) -> Tensor:
             affine = kept.affine[0] if a.input_affine is not None else None
             y = calls.linear_rows(rows, a, affine, kept.bias)
         else:
-            y = product(rows, a, _shared(x, rows, a, kept))
+            y = _multiply(_LINEAR, _shared(x, rows, a, kept), a, kept, x.dtype)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -22,8 +22,8 @@ from dq.eval.clip import Clip
 from dq.eval.features import Extractor, extractors
 from dq.eval.reference import Reference
 from dq.eval.resize import RULES
-from dq.eval.score import Side, check_metrics, score
-from dq.pipelines.draw import default_prompts
+from dq.eval.score import DISTANCES, Side, check_metrics, score
+from dq.pipelines.draw import default_prompts, repeated
 from dq.pipelines.gallery import Gallery, Settings
 from dq.pipelines.pipeline import DQPipeline, resolve
 from dq.recipe import templates
@@ -94,10 +94,8 @@ def run(
         raise DQError(f"-n {count}: scores need at least 2 images")
     extractor, clip = _scorers(asked)
     pipe = DQPipeline.from_pretrained(against, dtype=asked.dtype).to(asked.device)
-    words = tuple(prompts or default_prompts(pipe))
-    settings = dataclasses.replace(
-        settings or Settings(()), prompts=tuple(words[i % len(words)] for i in range(count))
-    )
+    words = repeated(prompts or default_prompts(pipe), count)
+    settings = dataclasses.replace(settings or Settings(()), prompts=words)
     full = _gallery(pipe, against, folder / "full", settings)
     full.draw(pipe)
     weight = {
@@ -143,7 +141,7 @@ def _scorers(asked: Asked) -> tuple[Extractor | None, Clip | None]:
     if asked.rule not in RULES:
         raise unknown("resize rule", asked.rule, RULES)
     extractor = clip = None
-    if {"fid", "kid", "cmmd", "precision", "recall"} & set(asked.metrics):
+    if set(DISTANCES) & set(asked.metrics):
         extractor = extractors[asked.features](asked.weights, asked.rule, asked.device)
     if "clip" in asked.metrics:
         name = asked.clip or str(checkpoints.path("emoji-clip"))
@@ -159,11 +157,9 @@ def _drawn_reference(
         return None
     name = str(asked.reference)
     pipe = DQPipeline.from_pretrained(name, dtype=asked.dtype).to(asked.device)
-    words, count = tuple(prompts or default_prompts(pipe)), len(settings.prompts)
-    chosen = tuple(words[i % len(words)] for i in range(count))
-    gallery = _gallery(
-        pipe, name, folder / "reference", dataclasses.replace(settings, prompts=chosen)
-    )
+    words = repeated(prompts or default_prompts(pipe), len(settings.prompts))
+    own = dataclasses.replace(settings, prompts=words)
+    gallery = _gallery(pipe, name, folder / "reference", own)
     gallery.draw(pipe)
     return gallery
 
