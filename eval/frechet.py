@@ -11,6 +11,7 @@ equal numbers of images only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -50,6 +51,22 @@ class Moments:
         mean = x.mean(0)
         centred = x - mean
         return cls(len(x), mean, centred.T @ centred / (len(x) - 1))
+
+    @classmethod
+    def over(cls, batches: Iterable[Tensor]) -> Self:
+        """Return the moments of features that come batch by batch, holding one at a time.
+
+        Raises:
+            DQError: If there are fewer than two.
+        """
+        whole: Moments | None = None
+        for x in batches:
+            several = len(x) > 1
+            part = cls.of(x) if several else cls(1, x[0].double(), x.new_zeros(1).double())
+            whole = part if whole is None else whole.merged(part)
+        if whole is None or whole.count < 2:
+            raise DQError("a covariance needs at least 2 images")
+        return cls(whole.count, whole.mean, whole.covariance)
 
     def merged(self, other: Moments) -> Moments:
         """Return the moments of both sets together (Chan, Golub and LeVeque 1979)."""

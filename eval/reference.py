@@ -16,7 +16,7 @@ from dq.eval.features import Extractor
 from dq.eval.frechet import Moments, frechet_distance, frechet_distance_of_features
 from dq.eval.images import image_files, read_batches
 
-__all__ = ["Reference", "features_of_files"]
+__all__ = ["Reference", "features_of_files", "moments_of_files"]
 
 _BATCH = 64
 
@@ -26,6 +26,11 @@ def features_of_files(
 ) -> Tensor:
     """Return the features of images, `(N, d)`; one batch of images is in memory at a time."""
     return extractor.over(images for images, _ in read_batches(files, _BATCH, skip_bad))
+
+
+def moments_of_files(files: Sequence[Path], extractor: Extractor) -> Moments:
+    """Return mean and covariance of the features of images; memory does not grow with them."""
+    return Moments.over(extractor(images) for images, _ in read_batches(files, _BATCH))
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,10 @@ class Reference:
         moments = self._moments()
         np.savez(path, mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
 
-    def fid(self, features: Tensor) -> float:
-        """Return the Fréchet distance of features to this set."""
+    def fid(self, features: Tensor | Moments) -> float:
+        """Return the Fréchet distance of features, or of their moments, to this set."""
+        if isinstance(features, Moments):
+            return frechet_distance(features, self._moments())
         if self.features is not None:
             return frechet_distance_of_features(features, self.features)
         return frechet_distance(Moments.of(features), self._moments())

@@ -14,6 +14,7 @@ from torch import Tensor
 from dq.errors import DQError, unknown
 from dq.eval.clip import Clip
 from dq.eval.features import Extractor
+from dq.eval.frechet import Moments
 from dq.eval.images import read_batches
 from dq.eval.kernel import cmmd, kid
 from dq.eval.manifold import precision_recall
@@ -25,7 +26,7 @@ from dq.eval.paired import (
     paired_psnr,
     paired_ssim,
 )
-from dq.eval.reference import Reference, features_of_files
+from dq.eval.reference import Reference, features_of_files, moments_of_files
 
 __all__ = ["DISTANCES", "METRICS", "Scores", "Side", "check_metrics", "score"]
 
@@ -131,8 +132,9 @@ def score(
         found.baseline["clip"] = Paired(theirs).mean
     asked = [name for name in metrics if name in DISTANCES]
     if extractor is not None and asked:
-        ours, theirs_ = (features_of_files(each.files, extractor) for each in (side, full))
-        near = Reference(full.name, len(theirs_), theirs_)
+        ours, theirs_ = (_features(each.files, extractor, asked) for each in (side, full))
+        known = {"moments" if isinstance(theirs_, Moments) else "features": theirs_}
+        near = Reference(full.name, len(full.files), **known)  # type: ignore[arg-type]
         _distances(found.metrics, found.spread, asked, ours, near)
         if reference is not None:
             _distances(found.metrics, found.spread, asked, ours, reference, "-reference")
@@ -172,17 +174,28 @@ def _clip_scores(clip: Clip, files: Sequence[Path], texts: Tensor) -> tuple[floa
     return tuple(clip.scores_of(torch.cat(embedded), texts).tolist())
 
 
+def _features(
+    files: Sequence[Path], extractor: Extractor, asked: Sequence[str]
+) -> Tensor | Moments:
+    """Return what the distances need: moments are enough for FID, and of many images smaller."""
+    if set(asked) == {"fid"} and len(files) > extractor.dimension:
+        return moments_of_files(files, extractor)
+    return features_of_files(files, extractor)
+
+
 def _distances(
     metrics: dict[str, float],
     spread: dict[str, float],
     asked: Sequence[str],
-    features: Tensor,
+    features: Tensor | Moments,
     reference: Reference,
     suffix: str = "",
 ) -> None:
     paired = suffix == ""  # full precision drew the same seeds
     if "fid" in asked:
         metrics[f"fid{suffix}"] = reference.fid(features)
+    if isinstance(features, Moments):
+        return  # nothing else was asked for
     if "kid" in asked:
         estimate = kid(features, reference.images("kid"), paired=paired)
         metrics[f"kid{suffix}"], spread[f"kid{suffix}"] = estimate.value, estimate.error

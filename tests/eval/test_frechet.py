@@ -75,6 +75,17 @@ def test_moments_merge_as_if_seen_at_once() -> None:
     assert torch.allclose(whole.covariance, expected.covariance)
 
 
+@pytest.mark.parametrize("batch", [2, 20, 51])
+def test_moments_of_batches(batch: int) -> None:
+    x = features(103, 12)  # a last batch of one is a batch as well
+    found, expected = Moments.over(x.split(batch)), Moments.of(x)
+    assert found.count == 103
+    assert torch.allclose(found.mean, expected.mean)
+    assert torch.allclose(found.covariance, expected.covariance)
+    with pytest.raises(DQError, match="at least 2 images"):
+        Moments.over(x[:1].split(1))
+
+
 def test_2048_features_of_512_images_take_no_time() -> None:
     one, two = (torch.randn(512, 2048, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     start = time.perf_counter()

@@ -8,9 +8,10 @@ from PIL import Image
 from dq import checkpoints
 from dq.errors import DQError
 from dq.eval.clip import Clip
-from dq.eval.features import extractors
+from dq.eval.features import extractors, of_module
 from dq.eval.reference import Reference
 from dq.eval.score import METRICS, Side, score
+from tests.eval.test_features import Means
 
 PROMPTS = [f"picture {i}" for i in range(12)]
 
@@ -79,6 +80,17 @@ def test_a_reference_is_scored_on_both_sides(sides: list[Side], extractor) -> No
     assert set(found.baseline) == {f"{name}-reference" for name in names}
     itself = score(much, full, ["fid"], extractor, None, reference)
     assert itself.metrics["fid-reference"] == pytest.approx(0, abs=1e-3)
+
+
+def test_fid_alone_of_many_images_keeps_no_features(sides: list[Side], tmp_path: Path) -> None:
+    full, some, _ = sides
+    small = of_module(Means(), edge=8)  # fewer dimensions than images
+    alone = score(some, full, ["fid"], small, None)
+    together = score(some, full, ["fid", "kid"], small, None)
+    assert alone.metrics["fid"] == pytest.approx(together.metrics["fid"], rel=1e-6)
+    reference = Reference.of_files("full", list(full.files), small, skip_bad=False)
+    found = score(some, full, ["fid"], small, None, reference)
+    assert found.metrics["fid-reference"] == pytest.approx(found.metrics["fid"], rel=1e-6)
 
 
 def test_mistakes(sides: list[Side]) -> None:
