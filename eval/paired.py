@@ -16,7 +16,7 @@ from dq.distance import cosine, psnr
 from dq.errors import DQError
 from dq.eval.images import check_images
 
-__all__ = ["Paired", "has_lpips", "paired_cosine", "paired_lpips", "paired_psnr", "paired_ssim"]
+__all__ = ["Paired", "check_lpips", "paired_cosine", "paired_lpips", "paired_psnr", "paired_ssim"]
 
 _MOST_PSNR = 100.0  # of equal images, so that means stay finite
 
@@ -120,9 +120,14 @@ def paired_cosine(latents: Tensor, references: Tensor) -> Paired:
     return Paired(tuple(cosine(x, y) for x, y in zip(latents, references, strict=True)))
 
 
-def has_lpips() -> bool:
-    """Whether the package lpips is installed."""
-    return importlib.util.find_spec("lpips") is not None
+def check_lpips() -> None:
+    """Refuse LPIPS where its package is missing.
+
+    Raises:
+        DQError: If it is.
+    """
+    if importlib.util.find_spec("lpips") is None:
+        raise DQError("metric lpips needs the package lpips: pip install lpips")
 
 
 def paired_lpips(images: Sequence[Image] | Tensor, references: Sequence[Image] | Tensor) -> Paired:
@@ -137,8 +142,7 @@ def paired_lpips(images: Sequence[Image] | Tensor, references: Sequence[Image] |
     Raises:
         DQError: If the numbers or sizes differ, or the package is missing.
     """
-    if not has_lpips():
-        raise DQError("metric lpips needs the package lpips: pip install lpips")
+    check_lpips()
     import lpips
 
     one, two = (x.float() / 127.5 - 1 for x in _pairs(images, references))

@@ -20,7 +20,7 @@ from dq.eval.kernel import cmmd, kid
 from dq.eval.manifold import precision_recall
 from dq.eval.paired import (
     Paired,
-    has_lpips,
+    check_lpips,
     paired_cosine,
     paired_lpips,
     paired_psnr,
@@ -86,14 +86,16 @@ class Scores:
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Refuse names that are no metrics.
+    """Refuse names that are no metrics, and those whose package is missing.
 
     Raises:
-        DQError: Names the nearest.
+        DQError: Names the nearest, or the package.
     """
     for name in metrics:
         if name not in METRICS:
             raise unknown("metric", name, METRICS)
+    if "lpips" in metrics:
+        check_lpips()
 
 
 def score(
@@ -156,7 +158,7 @@ class _Found:
 
 
 def _pair(found: _Found, side: Side, full: Side, metrics: Sequence[str]) -> None:
-    asked = [n for n in _PAIRED if n in metrics and (n != "lpips" or has_lpips())]
+    asked = [name for name in _PAIRED if name in metrics]
     values: dict[str, list[float]] = {name: [] for name in asked}
     if asked:
         both = zip(read_batches(side.files, _BATCH), read_batches(full.files, _BATCH), strict=True)

@@ -1,3 +1,5 @@
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +7,8 @@ from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dq.errors import DQError
-from dq.eval import paired
 from dq.eval.paired import Paired, paired_cosine, paired_lpips, paired_psnr, paired_ssim
+from dq.eval.score import check_metrics
 
 
 def stack(seed: int, count: int = 4, size: int = 16) -> torch.Tensor:
@@ -66,6 +68,7 @@ def test_mistakes(metric) -> None:
 
 
 def test_lpips_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paired, "has_lpips", lambda: False)
-    with pytest.raises(DQError, match="pip install lpips"):
-        paired_lpips(stack(0), stack(0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for call in (lambda: paired_lpips(stack(0), stack(0)), lambda: check_metrics(["lpips"])):
+        with pytest.raises(DQError, match="pip install lpips"):
+            call()
