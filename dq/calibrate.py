@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,35 @@ from dq.plan import LayerSpec, Plan
 from dq.progress import track
 from dq.work import Work
 
-__all__ = ["Calibration", "CalibrationSpec", "Call", "InputRanges", "Source", "tap_inputs"]
+__all__ = [
+    "Calibration",
+    "CalibrationSpec",
+    "Call",
+    "InputRange",
+    "InputRanges",
+    "NeedsData",
+    "Source",
+    "tap_inputs",
+]
 
 Call = dict[str, Any]  # the keyword arguments of one forward call of the denoiser
-InputRanges = dict[str, tuple[Tensor, Tensor]]  # layer name to (low, high), each (S,) float32
+
+
+class InputRange(NamedTuple):
+    """What calibration has found out about a static input.
+
+    Attributes:
+        low: `(S,)` float32, the smallest value of each segment.
+        high: `(S,)` float32, the largest.
+        kept: `(K,)` float32, the token that is computed apart; None if there is none.
+    """
+
+    low: Tensor
+    high: Tensor
+    kept: Tensor | None = None
+
+
+InputRanges = dict[str, InputRange]  # by layer
 
 
 @dataclass(frozen=True)
@@ -53,6 +78,10 @@ class CalibrationSpec:
         for name in ("n", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise DQError(f"calibration needs {name} of 1 or more, not {getattr(self, name)}")
+
+
+class NeedsData(DQError):
+    """Raised when a recipe wants to see the denoiser run, and nothing makes it run."""
 
 
 class Source(Protocol):
@@ -156,10 +185,10 @@ class Calibration:
         """Yield the calls of each batch of images, capturing what was not captured before.
 
         Raises:
-            DQError: If there is no source.
+            NeedsData: If there is no source.
         """
         if self.source is None:
-            raise DQError(
+            raise NeedsData(
                 "this recipe needs calibration data, and only the denoiser was given; use "
                 "DQPipeline.from_pretrained(model, recipe=...), or a recipe with dynamic inputs "
                 "such as 'w8a8-dynamic'"
@@ -197,35 +226,51 @@ class Calibration:
         Raises:
             DQError: If a layer sees values that are not finite, or is never reached.
         """
-        wanted = {
-            name: spec
-            for name, spec in plan.layers.items()
-            if spec.input is not None and not spec.input.dynamic
-        }
-        if not wanted:
-            return {}
+        return self.ranges_of([plan])[0]
+
+    def ranges_of(self, plans: Sequence[Plan]) -> list[InputRanges]:
+        """Return the input ranges of several plans, observed in one pass."""
+        wanted = [{n: s for n, s in plan.layers.items() if s.is_static} for plan in plans]
+        if not any(wanted):
+            return [{} for _ in plans]
         stage, self._passes = f"ranges-{self._passes}", self._passes + 1
         stored = self.work.load(stage)
-        if stored is None or set(stored) != {f"{n}.{s}" for n in wanted for s in ("low", "high")}:
+        names = {f"{i}.{name}" for i, specs in enumerate(wanted) for name in specs}
+        if stored is None or {n.rpartition(".")[0] for n in stored} != names:
             stored = self._observe(wanted)
             self.work.save(stage, stored)
-        return {name: (stored[f"{name}.low"], stored[f"{name}.high"]) for name in wanted}
+        return [
+            {
+                name: InputRange(*(stored.get(f"{i}.{name}.{k}") for k in InputRange._fields))  # type: ignore[arg-type]
+                for name in specs
+            }
+            for i, specs in enumerate(wanted)
+        ]
 
-    def _observe(self, wanted: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
-        layers = {name: self.model.get_submodule(name) for name in wanted}
-        watchers = {
-            name: _SegmentObserver(describe(name, layers[name]), layers[name], spec)
-            for name, spec in wanted.items()
-        }
+    def _observe(self, wanted: Sequence[Mapping[str, LayerSpec]]) -> dict[str, Tensor]:
+        layers = {name: self.model.get_submodule(name) for specs in wanted for name in specs}
+        watchers: dict[str, dict[int, _SegmentObserver]] = {name: {} for name in layers}
+        for index, specs in enumerate(wanted):
+            for name, spec in specs.items():
+                place = describe(name, layers[name])
+                watchers[name][index] = _SegmentObserver(place, layers[name], spec)
+
+        def seen(name: str, x: Tensor) -> None:
+            for watcher in watchers[name].values():
+                watcher.update(x)
+
         for calls in self.batches():
             # During the replay only: a batch being drawn would count twice, a stored one once.
-            with tap_inputs(layers, lambda name, x: watchers[name].update(x)):
+            with tap_inputs(layers, seen):
                 for _ in self.replay(calls):
                     pass
-        result = {}
-        for name, watcher in watchers.items():
-            result[f"{name}.low"], result[f"{name}.high"] = watcher.range()
-        return result
+        return {
+            f"{index}.{name}.{key}": value
+            for name, mine in watchers.items()
+            for index, watcher in mine.items()
+            for key, value in watcher.range()._asdict().items()
+            if value is not None
+        }
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -243,13 +288,17 @@ class _SegmentObserver:
         assert isinstance(layer, (nn.Linear, nn.Conv2d))  # plans name no other layers
         assert spec.input is not None  # the caller has filtered
         self.place = place
+        self.every = spec.kept_every
+        self.kept: Tensor | None = None
         self.axis = -1 if isinstance(layer, nn.Linear) else 1
         self.sizes = segments(layer, spec)
         made = observers[spec.input.observer]
         self.observers: list[Observer] = [made(spec.input) for _ in self.sizes]
 
     def update(self, x: Tensor) -> None:
-        """Take in one input of the layer."""
+        """Take in one input of the layer; kept tokens do not widen its range."""
+        if self.every:
+            x = self._without_kept(x)
         for observer, part in zip(self.observers, x.split(self.sizes, self.axis), strict=True):
             flat = part.float().reshape(1, -1)
             if not bool(torch.isfinite(flat.sum())):
@@ -259,9 +308,20 @@ class _SegmentObserver:
                 )
             observer.update(flat)
 
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Return (low, high), `(S,)` each."""
+    def _without_kept(self, x: Tensor) -> Tensor:
+        """Return the other tokens, `(n, K)`; the first kept one that is not zero is noted."""
+        tokens = x[..., :: self.every, :].reshape(-1, x.shape[-1])
+        tokens = tokens[tokens.any(1)]
+        if self.kept is None and len(tokens):
+            self.kept = tokens[0].float().clone()
+        others = torch.arange(x.shape[-2], device=x.device) % self.every != 0
+        return x[..., others, :].reshape(-1, x.shape[-1])
+
+    def range(self) -> InputRange:
+        """Return what was found."""
         with inside(self.place):
             ranges = [observer.range() for observer in self.observers]
+            if self.every and self.kept is None:
+                raise DQError("every prompt of the calibration was zero; add prompts with text")
         low, high = zip(*ranges, strict=True)
-        return torch.cat(low), torch.cat(high)
+        return InputRange(torch.cat(low), torch.cat(high), self.kept)

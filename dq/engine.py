@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dq import runtime
-from dq.calibrate import Calibration, InputRanges, Source
+from dq.calibrate import Calibration, Source
 from dq.errors import DQError
 from dq.family import family_of
-from dq.method import Job
-from dq.nn import Quantizer, QuantLayer, install, pack_model, packed_layers, uninstall
+from dq.method import Job, Method
+from dq.nn import QuantLayer, install, pack_model, packed_layers, uninstall
 from dq.plan import Plan
 from dq.recipe import Recipe
 from dq.work import Work, fingerprint
@@ -30,7 +31,7 @@ def decide(model: nn.Module, recipe: Recipe) -> Plan:
     If the plan is static, its ranges are still to be found; see `quantize`.
 
     Raises:
-        DQError: If a step of the recipe needs data to decide.
+        NeedsData: If a step of the recipe needs data to decide.
     """
     job = _job(model, recipe, None, None)
     for method in recipe.steps:
@@ -70,10 +71,10 @@ def _run(job: Job, recipe: Recipe) -> Plan:
         for method in recipe.steps:
             method.observe(job)
             job.plan = method.decide(job)
-            ranges = job.calibration.input_ranges(job.plan)
-            install(model, job.plan)
-            _set_ranges(model, ranges)
-            method.tune(job)
+            if type(method).tune is not Method.tune:
+                _install(job)
+                method.tune(job)
+        _install(job)
         pack_model(model)
         runtime.install(model)
     except BaseException:
@@ -103,10 +104,16 @@ def _job(model: nn.Module, recipe: Recipe, source: Source | None, folder: Path |
     return Job(model, family_of(model), plan, calibration, generator)
 
 
-def _set_ranges(model: nn.Module, ranges: InputRanges) -> None:
-    for name, (low, high) in ranges.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, QuantLayer)  # ranges are asked for planned layers only
-        for index, quantizer in enumerate(layer.input_quantizers):
-            assert isinstance(quantizer, Quantizer)  # the list holds nothing else
-            quantizer.set_range(low[index], high[index])
+def _install(job: Job) -> None:
+    """Make the model simulate what the plan says.
+
+    Layers that are simulated so already keep their weights and their ranges: they may be tuned.
+    """
+    there = {n: m.spec for n, m in job.model.named_modules() if isinstance(m, QuantLayer)}
+    changed = {n: spec for n, spec in job.plan.layers.items() if there.get(n) != spec}
+    ranges = job.calibration.input_ranges(replace(job.plan, layers=changed))
+    install(job.model, job.plan)
+    for name, found in ranges.items():
+        layer = job.model.get_submodule(name)
+        assert isinstance(layer, QuantLayer)  # installed above
+        layer.set_input(*found)

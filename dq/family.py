@@ -49,6 +49,8 @@ class Family:
         splits: Sizes of the channel segments of inputs that are raw concatenations, by module name.
         sample_inputs: Keyword arguments of a forward call, from (model, batch, generator): random,
             of the right shapes and dtypes, for tests and benchmarks.
+        prompt: Name of the argument whose tokens enter the cross-attention and may come from a
+            causal text encoder, by denoiser; empty if there is none.
         dynamic_inputs: Whether activations are quantized by token at run time unless a recipe says
             otherwise: transformers, where channels of few tokens dominate static ranges.
     """
@@ -60,6 +62,7 @@ class Family:
     blocks: Callable[[nn.Module], tuple[str, ...]]
     splits: Callable[[nn.Module], Mapping[str, tuple[int, ...]]]
     sample_inputs: Callable[[nn.Module, int, torch.Generator], dict[str, Any]]
+    prompt: Callable[[nn.Module], str] = lambda model: ""
     dynamic_inputs: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -38,15 +39,22 @@ class LayerSpec:
             (granularity tensor), dynamic ones one a token.
         input_splits: Sizes of channel segments with a scale each, for inputs that are concatenated
             from parts of different range (UNet skip connections); empty for one segment.
+        kept_every: The first of every so many tokens, the begin-of-sentence token of a prompt, is
+            computed apart and never quantized; 0 for no such token. See `dq.nn.kept`.
     """
 
     weight: TensorSpec
     input: TensorSpec | None = None
     input_splits: tuple[int, ...] = ()
+    kept_every: int = 0
 
     def __post_init__(self) -> None:
         if self.weight.dynamic or self.weight.granularity.kind not in ("channel", "group"):
             raise DQError(f"a weight is static, by channel or group, not {self.weight}")
+        if self.kept_every < 0:
+            raise DQError(f"kept_every is a number of tokens, not {self.kept_every}")
+        if self.kept_every and not self.is_static:
+            raise DQError("kept tokens need a static input: others have a scale of their own")
         if self.input is None:
             if self.input_splits:
                 raise DQError("input_splits without a quantized input")
@@ -62,11 +70,18 @@ class LayerSpec:
         if self.input.dynamic and self.input_splits:
             raise DQError("input_splits need a static input")
 
+    @property
+    def is_static(self) -> bool:
+        """Whether the input has scales that calibration must find."""
+        return self.input is not None and not self.input.dynamic
+
     def bytes(self, rows: int, columns: int) -> int:
         """Return the bytes that a layer of N = rows and K = columns takes beside its bias."""
         total = self.weight.bytes(rows, columns)
-        if self.input is not None and not self.input.dynamic:
+        if self.is_static:
             total += 8 * max(len(self.input_splits), 1)  # a scale and a zero, float32 each
+        if self.kept_every:
+            total += 4 * (rows + columns)  # what the kept token is, and what becomes of it
         return total
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,23 +91,28 @@ class LayerSpec:
             values["input"] = self.input.to_dict()
         if self.input_splits:
             values["input_splits"] = list(self.input_splits)
+        if self.kept_every:
+            values["kept_every"] = self.kept_every
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Invert `to_dict`."""
+        known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
-            if key not in ("weight", "input", "input_splits"):
-                raise unknown("key of a layer spec", key, ("weight", "input", "input_splits"))
+            if key not in known:
+                raise unknown("key of a layer spec", key, known)
         return cls(
             weight=TensorSpec.from_dict(values.get("weight", {})),
             input=TensorSpec.from_dict(values["input"]) if "input" in values else None,
             input_splits=tuple(values.get("input_splits", ())),
+            kept_every=values.get("kept_every", 0),
         )
 
     def __str__(self) -> str:
         split = f" split {'+'.join(map(str, self.input_splits))}" if self.input_splits else ""
-        return f"{self.weight} | {self.input or 'float'}{split}"
+        kept = f" keeps 1 of {self.kept_every} tokens" if self.kept_every else ""
+        return f"{self.weight} | {self.input or 'float'}{split}{kept}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +133,7 @@ class Plan:
 
     def is_static(self) -> bool:
         """Whether any input has scales that calibration must find."""
-        return any(s.input is not None and not s.input.dynamic for s in self.layers.values())
+        return any(spec.is_static for spec in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; equal specs are written once."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dq import attention
 from dq.errors import DQError
 from dq.family import Role, family_of
-from dq.nn import norm, packed_layers
+from dq.nn import PackedLayer, norm, packed_layers
+from dq.nn.kept import note
 
 __all__ = ["compile_blocks", "install", "remember_prompts", "uninstall"]
 
@@ -19,6 +22,7 @@ def install(model: nn.Module) -> None:
     attention.install(model)
     norm.install(model)
     remember_prompts(model, True)
+    _note_kept_tokens(model)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -26,6 +30,7 @@ def uninstall(model: nn.Module) -> None:
     attention.uninstall(model)
     norm.uninstall(model)
     remember_prompts(model, False)
+    _forget_kept_tokens(model)
 
 
 def remember_prompts(model: nn.Module, yes: bool) -> None:
@@ -45,6 +50,42 @@ def remember_prompts(model: nn.Module, yes: bool) -> None:
         return
     for name, layer in packed_layers(model).items():
         layer.remembers = yes and roles[name] is Role.CROSS_KV
+
+
+def _note_kept_tokens(model: Any) -> None:
+    """Look at the kept tokens of a prompt once a forward; layers then need not look themselves."""
+    _forget_kept_tokens(model)
+    known = [layer for layer in packed_layers(model).values() if layer.kept_input is not None]
+    try:
+        name = family_of(model).prompt(model)
+    except DQError:  # see `remember_prompts`
+        return
+    if not known or not name or not all(_alike(layer, known[0]) for layer in known):
+        return
+    place = list(inspect.signature(type(model).forward).parameters).index(name) - 1
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = kwargs.get(name, args[place] if len(args) > place else None)
+        reference = known[0].kept_input
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or reference is None:
+            return
+        if x.shape[-1] == len(reference):  # a projection that follows makes another tensor of it
+            note(x, known[0].spec.kept_every, reference)
+
+    model._dq_kept = model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def _alike(one: PackedLayer, other: PackedLayer) -> bool:
+    """Whether two layers keep the same token."""
+    assert one.kept_input is not None and other.kept_input is not None  # the caller has chosen them
+    same = one.spec.kept_every == other.spec.kept_every
+    return same and torch.equal(one.kept_input, other.kept_input)
+
+
+def _forget_kept_tokens(model: Any) -> None:
+    if hasattr(model, "_dq_kept"):
+        model._dq_kept.remove()
+        del model._dq_kept
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:

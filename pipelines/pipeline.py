@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from dq import checkpoints, checksum, runtime
+from dq.calibrate import NeedsData
 from dq.engine import decide, quantize
 from dq.errors import DQError, inside, unknown
 from dq.family import families
@@ -328,7 +329,10 @@ def load_denoiser(path: str, component: str | None, **kwargs: Any) -> tuple[str,
 
 def _data_free(skeleton: nn.Module, recipe: Recipe) -> Plan | None:
     """Return the plan of a recipe that needs no data, or None."""
-    plan = decide(skeleton, recipe)
+    try:
+        plan = decide(skeleton, recipe)
+    except NeedsData:
+        return None
     return None if plan.is_static() else plan
 
 

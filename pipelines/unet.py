@@ -61,6 +61,12 @@ def _splits(model: Any) -> dict[str, tuple[int, ...]]:
     return splits
 
 
+def _prompt(model: Any) -> str:
+    """Return the text argument; where image tokens are put before the text, it says nothing."""
+    mixed = model.config.encoder_hid_dim_type in ("image_proj", "text_image_proj")
+    return "" if mixed else "encoder_hidden_states"
+
+
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     config, like = model.config, model  # codes do not tell the dtype, nor do weights cast by layer
     size = config.sample_size if isinstance(config.sample_size, int) else 64
@@ -95,5 +101,6 @@ UNET: Family = families.add(
         blocks=_blocks,
         splits=_splits,
         sample_inputs=_sample_inputs,
+        prompt=_prompt,
     ),
 )

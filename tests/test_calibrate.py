@@ -119,7 +119,7 @@ def test_ranges_are_those_of_all_inputs_seen() -> None:
         assert ranges["conv"][0][index] == part.min()
         assert ranges["conv"][1][index] == part.max()
     inputs = torch.cat(seen["last"])
-    assert ranges["last"] == (inputs.min(), inputs.max())
+    assert ranges["last"] == (inputs.min(), inputs.max(), None)
     assert ranges["conv"][0].shape == (2,)
 
 
@@ -157,7 +157,7 @@ def test_a_later_step_observes_for_itself(tmp_path: Path) -> None:
     for _ in range(2):  # the second time from the files alone
         one = calibration(folder=tmp_path)
         wide = one.input_ranges(plan(conv=LayerSpec(INT8, STATIC)))
-        low, high = one.input_ranges(plan(conv=LayerSpec(INT8, narrow)))["conv"]
+        low, high, _ = one.input_ranges(plan(conv=LayerSpec(INT8, narrow)))["conv"]
         assert high - low < 0.9 * (wide["conv"][1] - wide["conv"][0])
     assert one.source.runs == 0
 

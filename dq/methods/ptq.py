@@ -15,6 +15,7 @@ from typing import NamedTuple
 from dq.errors import DQError, unknown
 from dq.family import Role, quantizable
 from dq.method import Job, Method, methods
+from dq.methods.bos import BOS
 from dq.nn import describe, matrix_shape
 from dq.plan import LayerSpec, Plan
 from dq.recipe import Recipe, Template, templates
@@ -164,7 +165,9 @@ def _build(found: re.Match[str]) -> Recipe:
         settings["group"] = int(found["group"])
     if found["inputs"]:
         settings["inputs"] = found["inputs"]
-    return Recipe(found[0], (PTQ(**settings),))  # type: ignore[arg-type]
+    ptq = PTQ(**settings)  # type: ignore[arg-type]
+    static = ptq.input_bits != _FLOAT and ptq.inputs != "dynamic"
+    return Recipe(found[0], (ptq, BOS()) if static else (ptq,))
 
 
 _SUFFIX = r"(-g(?P<group>\d+))?(-(?P<inputs>static|dynamic))?"

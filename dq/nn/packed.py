@@ -20,6 +20,7 @@ from dq.formats import IntFormat, formats
 from dq.kernels import Arguments, ConvArguments, Kernel, Site, choose
 from dq.kernels.kernel import stamp_of
 from dq.kernels.onednn import forget, resident_bytes
+from dq.nn.kept import apart
 from dq.nn.layers import Layer, constructor, matrix_shape
 from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantLayer, fake_input, segments
@@ -31,7 +32,8 @@ from dq.storage import pack_weight, stored_shapes, unpack_weight
 
 __all__ = ["COMPANIONS", "TENSORS", "PackedConv2d", "PackedLayer", "PackedLinear", "packed"]
 
-COMPANIONS = ("weight_scale", "input_affine")  # what a plain layer does not have
+# What a plain layer does not have.
+COMPANIONS = ("weight_scale", "input_affine", "kept_input", "kept_output")
 TENSORS = ("weight", *COMPANIONS)
 
 
@@ -45,6 +47,8 @@ class PackedLayer(nn.Module):
         weight_scale: `(N,)` or `(N, G)` float32.
         input_affine: `(S, 2)` float32, scale and code of zero of each segment of a static input;
             None if it is dynamic or float.
+        kept_input: `(K,)` float32, the token that is computed apart, or None: `dq.nn.kept`.
+        kept_output: `(N,)` float32, what full precision makes of it, or None.
         compute_dtype: Dtype that the layer expects its input in; models ask for it.
         keep_int8: Whether kernels may keep whole numbers beside shorter codes; see
             `dq.nn.keep_int8`.
@@ -57,6 +61,8 @@ class PackedLayer(nn.Module):
     bias: Any  # Linear and Conv2d of torch type it differently
     weight_scale: Tensor
     input_affine: Tensor | None
+    kept_input: Tensor | None
+    kept_output: Tensor | None
     compute_dtype: torch.dtype
     keep_int8: bool
     remembers: bool
@@ -76,8 +82,11 @@ class PackedLayer(nn.Module):
         shape, dtype = shapes.pop("weight")
         empty = torch.empty(*shape, *trailing, dtype=dtype, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
-        if spec.input is not None and not spec.input.dynamic:
+        if spec.is_static:
             shapes["input_affine"] = ((len(self.sizes), 2), torch.float32)
+        if spec.kept_every:
+            shapes["kept_input"] = ((self.columns,), torch.float32)
+            shapes["kept_output"] = ((self.rows,), torch.float32)
         for name in COMPANIONS:
             value = None
             if name in shapes:
@@ -107,6 +116,7 @@ class PackedLayer(nn.Module):
         else:
             quantizer = simulated.weight_quantizer
             self._load_input(simulated)
+            self._load_kept(simulated)
         matrix = layer.weight.detach().flatten(1)
         state = pack_weight(matrix, quantizer.scales, self.spec.weight)
         self.weight = nn.Parameter(state["weight"].view(self.weight.shape), requires_grad=False)
@@ -128,6 +138,16 @@ class PackedLayer(nn.Module):
                 torch.cat([scale, (torch.zeros_like(scale) if zero is None else zero) - low], 1)
             )
         self.input_affine = torch.cat(rows)
+
+    def _load_kept(self, layer: QuantLayer) -> None:
+        if not self.spec.kept_every:
+            return
+        if layer.kept_input is None:
+            raise DQError("it does not know its kept token yet: that needs a calibration first")
+        bias = None if layer.bias is None else layer.bias.detach().float()
+        self.kept_input = layer.kept_input.float()
+        weight = layer.weight.detach().float()
+        self.kept_output = nn.functional.linear(self.kept_input, weight, bias)
 
     def float_weight(self) -> Tensor:
         """Return the weight that the codes stand for, float32, in the layer's own shape."""
@@ -337,12 +357,19 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     def run(self, kernel: Kernel, x: Tensor) -> Tensor:
         """See `PackedLayer`."""
-        return kernel.run(x, self.arguments())
+        return self._kept_apart(x, kernel.run(x, self.arguments()), self.bias)
 
     def simulate(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `PackedLayer`."""
         weight = self.float_weight().to(x.dtype)
-        return nn.functional.linear(self._simulated_input(x), weight, bias)
+        y = nn.functional.linear(self._simulated_input(x), weight, bias)
+        return self._kept_apart(x, y, bias)
+
+    def _kept_apart(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+        if self.kept_input is None or self.kept_output is None:
+            return y
+        every, known, output = self.spec.kept_every, self.kept_input, self.kept_output
+        return apart(x, y, every, known, output, self.float_weight, bias)
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
+from dq.nn.kept import apart
 from dq.nn.layers import Layer, constructor, input_channels
 from dq.nn.quantizer import Quantizer
 from dq.plan import LayerSpec
@@ -46,6 +47,7 @@ class QuantLayer:
         spec: How the layer is quantized.
         weight_quantizer: Fake-quantizes the weight, seen as `(N, K)`.
         input_quantizers: One a segment of the input; empty if the input stays float.
+        kept_input: `(K,)`, the token that is computed apart, if there is one: `dq.nn.kept`.
     """
 
     spec: LayerSpec
@@ -53,10 +55,13 @@ class QuantLayer:
     bias: Any  # Linear and Conv2d of torch type it differently
     weight_quantizer: Quantizer
     input_quantizers: nn.ModuleList
+    kept_input: Tensor | None = None
     axis: int  # of the channels
 
     def _take(self, layer: Layer, spec: LayerSpec) -> None:
         """Share the parameters of `layer` and choose the scales of its weight."""
+        if spec.kept_every and not isinstance(layer, nn.Linear):
+            raise DQError("kept tokens are those of a linear layer; images have none")
         self.spec = spec
         self.weight = layer.weight
         self.bias = layer.bias
@@ -65,6 +70,19 @@ class QuantLayer:
         self.sizes = segments(layer, spec)
         quantizers = [] if spec.input is None else [Quantizer(spec.input) for _ in self.sizes]
         self.input_quantizers = nn.ModuleList(quantizers)
+
+    def set_input(self, low: Tensor, high: Tensor, kept: Tensor | None = None) -> None:
+        """Take over what calibration has found out about the input.
+
+        Args:
+            low: `(S,)` float32, the smallest value of each segment.
+            high: `(S,)` float32, the largest.
+            kept: `(K,)` float32, the token that is computed apart.
+        """
+        for index, quantizer in enumerate(self.input_quantizers):
+            assert isinstance(quantizer, Quantizer)  # the list holds nothing else
+            quantizer.set_range(low[index], high[index])
+        self.kept_input = kept
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return fake-quantized input and weight, in the dtype of the input."""
@@ -85,8 +103,13 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., in)` to `(..., out)`."""
-        x, weight = self._operands(x)
-        return nn.functional.linear(x, weight, self.bias)
+        operand, weight = self._operands(x)
+        y = nn.functional.linear(operand, weight, self.bias)
+        every, known = self.spec.kept_every, self.kept_input
+        if not every or known is None:
+            return y
+        output = nn.functional.linear(known.to(x.dtype), self.weight, self.bias)
+        return apart(x, y, every, known, output, lambda: weight, self.bias)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
