@@ -90,8 +90,18 @@ class Source(Protocol):
     def batches(self, spec: CalibrationSpec) -> int:
         """Return how many batches there are."""
 
-    def run(self, spec: CalibrationSpec, batch: int) -> None:
-        """Draw the images of one batch; the denoiser is called on the way."""
+    def run(self, spec: CalibrationSpec, batch: int) -> Tensor:
+        """Draw the images of one batch; the denoiser is called on the way.
+
+        Returns:
+            What was drawn, `(B, ...)`: latents, or images where the pipeline gives nothing else.
+        """
+
+    def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
+        """Return other prompts and seeds than those of `spec`, n of them."""
+
+    def identity(self, spec: CalibrationSpec) -> Mapping[str, Any]:
+        """Return JSON values that change with whatever reaches the denoiser."""
 
 
 @contextmanager

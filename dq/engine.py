@@ -56,7 +56,8 @@ def quantize(
         The plan. If anything fails, the model is left as it was.
     """
     if work is not None:
-        folder = work / fingerprint(model, recipe.to_dict())
+        identity = {} if source is None else source.identity(recipe.calibration)
+        folder = work / fingerprint(model, {**recipe.to_dict(), "source": identity})
         return _run(_job(model, recipe, source, folder), recipe)
     # Stages are kept all the same: what a later step sees must not depend on `work`.
     with tempfile.TemporaryDirectory(prefix="dq-") as temporary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Work:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(stage)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")  # processes may share the folder
         save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
         temporary.replace(path)
 

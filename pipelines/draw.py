@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from dq.calibrate import CalibrationSpec
 from dq.errors import DQError, unknown
 from dq.pipelines.prompts import PROMPTS
 from dq.progress import track
+from dq.work import fingerprint
 
 __all__ = ["PipelineSource", "default_prompts", "draw", "repeated"]
+
+_HELD_OUT = 1 << 20  # seeds that far on
 
 
 def default_prompts(pipe: Any) -> tuple[str, ...]:
@@ -122,10 +127,35 @@ class PipelineSource:
         return -(-spec.n // spec.batch)
 
     @torch.no_grad()
-    def run(self, spec: CalibrationSpec, batch: int) -> None:
-        """Draw the images of one batch."""
-        prompts = spec.prompts or default_prompts(self.pipe)
+    def run(self, spec: CalibrationSpec, batch: int) -> Tensor:
+        """Draw the images of one batch; latents where the pipeline gives them."""
+        prompts = repeated(self._prompts(spec), spec.n)
         indices = range(batch * spec.batch, min((batch + 1) * spec.batch, spec.n))
-        chosen = [prompts[i % len(prompts)] for i in indices]
+        chosen = [prompts[i] for i in indices]
         seeds = [spec.seed + i for i in indices]
-        draw(self.pipe, chosen, seeds, spec.steps, batch=spec.batch, output_type="latent")
+        drawn = draw(self.pipe, chosen, seeds, spec.steps, batch=spec.batch, output_type="latent")
+        return torch.stack([torch.as_tensor(image).float().cpu() for image in drawn])
+
+    def _prompts(self, spec: CalibrationSpec) -> Sequence[str]:
+        return spec.prompts or default_prompts(self.pipe)
+
+    def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
+        """Return the prompts that follow those of `spec`, with seeds of their own."""
+        prompts = self._prompts(spec)
+        following = tuple(prompts[(spec.n + i) % len(prompts)] for i in range(n))
+        return dataclasses.replace(spec, prompts=following, n=n, seed=spec.seed + _HELD_OUT)
+
+    def identity(self, spec: CalibrationSpec) -> dict[str, Any]:
+        """Return the prompts, the scheduler, and a fingerprint of each text encoder."""
+        pipe = self.pipe
+        parts = {name: part for name, part in pipe.components.items() if "encoder" in name}
+        return {
+            "calibration": dataclasses.asdict(spec),
+            "prompts": list(repeated(self._prompts(spec), spec.n)),
+            "scheduler": [type(pipe.scheduler).__name__, repr(dict(pipe.scheduler.config))],
+            "encoders": {
+                name: fingerprint(part, {})
+                for name, part in parts.items()
+                if isinstance(part, nn.Module)
+            },
+        }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dq.calibrate import CalibrationSpec
 from dq.family import family_of
@@ -31,12 +33,22 @@ class NoiseSource:
         return -(-spec.n // spec.batch)
 
     @torch.no_grad()
-    def run(self, spec: CalibrationSpec, batch: int) -> None:
-        """Call the denoiser once a step."""
+    def run(self, spec: CalibrationSpec, batch: int) -> Tensor:
+        """Call the denoiser once a step, and return what it said last."""
         generator = torch.Generator().manual_seed(spec.seed + batch)
         size = min(spec.batch, spec.n - batch * spec.batch)
         for step in range(spec.steps):
             inputs = family_of(self.model).sample_inputs(self.model, size, generator)
             middle = inputs["timestep"]  # samples sit in the middle of the schedule
             spread = middle * ((2 * step + 1) / spec.steps)
-            self.model(**{**inputs, "timestep": spread.to(middle.dtype)})
+            arguments = {**inputs, "timestep": spread.to(middle.dtype)}
+            output: Tensor = self.model(**arguments, return_dict=False)[0]
+        return output.float().cpu()
+
+    def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
+        """Return other seeds."""
+        return dataclasses.replace(spec, n=n, seed=spec.seed + (1 << 20))
+
+    def identity(self, spec: CalibrationSpec) -> dict[str, Any]:
+        """Return the settings: there is nothing else."""
+        return {"noise": dataclasses.asdict(spec)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -30,15 +31,23 @@ class Samples:
     def batches(self, spec: CalibrationSpec) -> int:
         return self.count
 
+    def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
+        return dataclasses.replace(spec, seed=spec.seed + 1000)
+
+    def identity(self, spec: CalibrationSpec) -> dict[str, Any]:
+        return {"count": self.count}
+
     @torch.no_grad()
-    def run(self, spec: CalibrationSpec, batch: int) -> None:
+    def run(self, spec: CalibrationSpec, batch: int) -> torch.Tensor:
         self.runs.append(batch)
         for call in range(2):
             if batch == self.dies_at and call == 1:
                 self.dies_at = None
                 raise KeyboardInterrupt("killed")
             generator = torch.Generator().manual_seed(spec.seed + 10 * batch + call)
-            self.model(**family_of(self.model).sample_inputs(self.model, 2, generator))
+            inputs = family_of(self.model).sample_inputs(self.model, 2, generator)
+            output: torch.Tensor = self.model(**inputs, return_dict=False)[0]
+        return output
 
 
 class Drawing:
@@ -56,13 +65,19 @@ class Drawing:
     def batches(self, spec: CalibrationSpec) -> int:
         return 2
 
-    def run(self, spec: CalibrationSpec, batch: int) -> None:
+    def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
+        return spec
+
+    def identity(self, spec: CalibrationSpec) -> dict[str, Any]:
+        return {}
+
+    def run(self, spec: CalibrationSpec, batch: int) -> torch.Tensor:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output.sample
             self.outputs.append(first.detach().clone())
 
         handle = self.case.network(self.pipe).register_forward_hook(hook)
         try:
-            self.case.call(self.pipe, seed=batch)
+            return torch.from_numpy(self.case.call(self.pipe, seed=batch))
         finally:
             handle.remove()

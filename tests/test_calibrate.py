@@ -6,8 +6,8 @@ from torch import nn
 
 from dq.calibrate import Calibration, CalibrationSpec, tap_inputs
 from dq.errors import DQError
-from dq.methods.ptq import weight_spec
 from dq.plan import LayerSpec, Plan
+from dq.presets import weight_spec
 from dq.spec import Granularity, TensorSpec
 from dq.work import Work
 from tests.sources import Drawing

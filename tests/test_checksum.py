@@ -8,9 +8,9 @@ from torch import nn
 
 from dq import checksum
 from dq.errors import DQError
-from dq.methods.ptq import weight_spec
 from dq.nn import install, pack_model
 from dq.plan import LayerSpec, Plan
+from dq.presets import weight_spec
 from dq.spec import Granularity, TensorSpec
 
 DTYPES = [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16, torch.int64]

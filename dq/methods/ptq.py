@@ -18,31 +18,16 @@ from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
 from dq.nn import describe, matrix_shape
 from dq.plan import LayerSpec, Plan
+from dq.presets import input_spec, weight_spec
 from dq.recipe import Recipe, Template, templates
-from dq.spec import Granularity, TensorSpec
+from dq.spec import TensorSpec
 
-__all__ = ["PTQ", "weight_spec"]
+__all__ = ["PTQ"]
 
 _FLOAT = 16  # "bits" of a tensor that stays floating point
 _WIDEST_GROUPED = 4
 _GROUP = 32
 _SAFE_BITS = 8  # of layers that the recipe's width does not fit
-
-
-def weight_spec(bits: int, group: int, observer: str = "mse") -> TensorSpec:
-    """Return the integer weight format of a width.
-
-    Args:
-        bits: 2 to 8.
-        group: Weights that share a scale; 0 for one scale an output channel. Only widths up to 4
-            leave room for a multiplier, so wider ones take no groups.
-        observer: How ranges are chosen.
-    """
-    if group == 0:
-        return TensorSpec(f"int{bits}", Granularity("channel"), observer=observer)
-    return TensorSpec(
-        f"int{bits}", Granularity("group", group), observer=observer, scale_format=f"uint{8 - bits}"
-    )
 
 
 class _Decision(NamedTuple):
@@ -142,12 +127,7 @@ class PTQ(Method):
         return weight_spec(bits, group if bits <= _WIDEST_GROUPED else 0, self.weight_observer)
 
     def _input(self, dynamic: bool) -> TensorSpec:
-        name = f"int{self.input_bits}"
-        if dynamic:
-            return TensorSpec(name, Granularity("token"), dynamic=True)
-        return TensorSpec(
-            name, Granularity("tensor"), symmetric=False, observer=self.input_observer
-        )
+        return input_spec(self.input_bits, dynamic, self.input_observer)
 
     def _check_fit(self, layers: dict[str, LayerSpec], notes: dict[str, str]) -> None:
         narrow = self._weight(self.weight_bits)

@@ -7,9 +7,10 @@ from torch import nn
 from dq.engine import decide, quantize
 from dq.errors import DQError
 from dq.family import Role, family_of, quantizable
-from dq.methods.ptq import PTQ, weight_spec
+from dq.methods.ptq import PTQ
 from dq.nn import matrix_shape
 from dq.plan import Plan
+from dq.presets import weight_spec
 from dq.recipe import Recipe
 from dq.spec import Granularity
 from tests.models import MODELS

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
-from dq.methods.ptq import weight_spec
 from dq.nn import PackedLinear, QuantLinear
 from dq.nn.kept import KNOWN, OTHER, ZERO, kinds, note
 from dq.nn.simulated import simulate
 from dq.plan import LayerSpec
+from dq.presets import weight_spec
 from dq.spec import Granularity, TensorSpec
 
 STATIC = TensorSpec("int8", Granularity("tensor"), symmetric=False)

@@ -6,9 +6,9 @@ from torch import nn
 
 from dq.distance import relative_error
 from dq.errors import DQError
-from dq.methods.ptq import weight_spec
 from dq.nn.packed import COMPANIONS, TENSORS, PackedLayer, packed
 from dq.plan import LayerSpec
+from dq.presets import weight_spec
 from dq.spec import Granularity, TensorSpec
 from tests.nn.layers import LAYERS, build, calibrated
 from tests.specs import WEIGHTS, layer_specs

@@ -3,7 +3,6 @@ import torch
 from torch import nn
 
 from dq.errors import DQError
-from dq.methods.ptq import weight_spec
 from dq.nn import (
     QuantLayer,
     empty_packed,
@@ -15,6 +14,7 @@ from dq.nn import (
 )
 from dq.nn.swap import replace
 from dq.plan import LayerSpec, Plan
+from dq.presets import weight_spec
 from dq.spec import Granularity, TensorSpec
 
 W4 = LayerSpec(weight_spec(4, 4))

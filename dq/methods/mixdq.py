@@ -1,0 +1,196 @@
+"""MixDQ: formats layer by layer, by what each does to the image (Zhao et al. 2024).
+
+arXiv 2405.17873. Three parts: the begin-of-sentence token apart (`dq.methods.bos`), the sensitivity
+of each layer measured with content and quality apart (`dq.sensitivity`), and an integer programme
+that spends a budget of bytes where it helps most (`dq.allocation`).
+
+Where the paper maximizes a sum of decibels in each group, the default here minimizes the sum of
+noise power, with quality weighted: a sum of decibels is content to ruin a few layers. Which weight
+is best is decided by images of held-out prompts. `objective="paper"` is the paper's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from dataclasses import dataclass
+
+from dq.errors import DQError, unknown
+from dq.family import quantizable
+from dq.method import Job, Method, methods
+from dq.methods.bos import find_kept, keep
+from dq.methods.ptq import PTQ
+from dq.nn import matrix_shape
+from dq.plan import Plan
+from dq.presets import FLOAT
+from dq.recipe import Recipe, Template, templates
+from dq.sensitivity.bits import Bits, Limits, allocate, allocate_paper
+from dq.sensitivity.candidates import Candidates
+from dq.sensitivity.heldout import drawn, quality, ranges_for, simulated
+from dq.sensitivity.survey import Settings, Survey, survey
+
+__all__ = ["MixDQ"]
+
+logger = logging.getLogger("dq")
+
+
+@methods.register("mixdq")
+@dataclass(frozen=True)
+class MixDQ(Method):
+    """Mixed precision within a budget of bytes.
+
+    Args:
+        weight_bits: The budget is what this width takes everywhere (the recipe `wXaY`, with its
+            groups and its 8-bit first and last layers).
+        megabytes: The budget in MB (10^6 bytes) of the quantizable layers, scales included; 0 to go
+            by `weight_bits`.
+        weights: Formats that weights may have; see `dq.presets`.
+        inputs: Formats that inputs may have; empty leaves all of them float.
+        float_share: Share of the multiply-adds that may stay on float inputs.
+        dynamic: "static", "dynamic" or "auto": what the model's family prefers.
+        objective: "noise", or "paper": the sum of decibels, a budget for each group.
+        quality: Weights of the quality group's noise to try.
+        held_out: Images by which the best of several plans is chosen; 0 takes the first.
+        forced: "pattern=weight|input", e.g. "conv_out=int8|*": layers whose choice is limited.
+        run_weights: Weight formats to measure; the others follow by squared error.
+        run_inputs: Input formats to measure.
+        batches: Batches of the calibration's images to measure on.
+        steps: Steps of each.
+        fast: Estimate sensitivity from gradients.
+    """
+
+    weight_bits: int = 4
+    megabytes: float = 0.0
+    weights: tuple[str, ...] = ("int2", "int3", "int4", "int5", "int6", "int8")
+    inputs: tuple[str, ...] = ("int8",)
+    float_share: float = 0.01
+    dynamic: str = "auto"
+    objective: str = "noise"
+    quality: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 16.0)
+    held_out: int = 16
+    forced: tuple[str, ...] = ()
+    run_weights: tuple[str, ...] = ("int4",)
+    run_inputs: tuple[str, ...] = ("int8",)
+    batches: int = 1
+    steps: int = 4
+    fast: bool = False
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("noise", "paper"):
+            raise unknown("objective", self.objective, ("noise", "paper"))
+        if self.dynamic not in ("auto", "static", "dynamic"):
+            raise unknown("value of dynamic", self.dynamic, ("auto", "static", "dynamic"))
+        if not self.quality or min(self.quality) <= 0:
+            raise DQError(f"quality lists weights above 0, not {self.quality}")
+        for entry in self.forced:
+            if entry.count("=") != 1 or entry.count("|") != 1:
+                raise DQError(f"forced takes 'pattern=weight|input', not {entry!r}")
+
+    def decide(self, job: Job) -> Plan:
+        """Measure, solve, and choose on held-out prompts; see `Method.decide`.
+
+        Raises:
+            NeedsData: If nothing makes the denoiser run.
+            DQError: If no choice of formats keeps the budget.
+        """
+        kept = find_kept(job)
+        candidates = self.candidates(job, kept.every)
+        found = survey(job.calibration, candidates, self._settings())
+        limits = self._limits(job, candidates)
+        chosen = self._best(job, found, self._proposals(found, limits))
+        notes = {job.plan.model: kept.why_not} if kept.why_not and self.inputs else {}
+        return dataclasses.replace(candidates.plan(chosen), notes=notes)
+
+    def candidates(self, job: Job, kept_every: int) -> Candidates:
+        """Return the formats that compete."""
+        dynamic = self.dynamic == "dynamic" or (
+            self.dynamic == "auto" and job.family.dynamic_inputs
+        )
+        return Candidates.of(job.model, job.family, self.weights, self.inputs, dynamic, kept_every)
+
+    def _settings(self) -> Settings:
+        return Settings(self.run_weights, self.run_inputs, self.batches, self.steps, self.fast)
+
+    def _limits(self, job: Job, candidates: Candidates) -> Limits:
+        budget = self.megabytes * 1e6 or self._uniform_bytes(job, candidates)
+        forced = dict(entry.split("=") for entry in self.forced)
+        share = self.float_share if self.inputs else 1.0
+        return Limits(budget, share, forced=forced)
+
+    def _uniform_bytes(self, job: Job, candidates: Candidates) -> int:
+        """Return what all candidates take if they have the same width."""
+        width = 8 if self.inputs else 16
+        uniform = PTQ(self.weight_bits, width, inputs=self.dynamic).decide(job).layers
+        uniform = keep(uniform, candidates.roles, candidates.kept_every)
+        shapes = {name: matrix_shape(layer) for name, layer in quantizable(job.model).items()}
+        return sum(
+            uniform[name].bytes(*shapes[name]) if name in uniform else candidates.bytes(name, FLOAT)
+            for name in candidates.shapes
+        )
+
+    def _proposals(self, found: Survey, limits: Limits) -> dict[str, Bits]:
+        table, candidates = found.table, found.probe.candidates
+        if self.objective == "paper":
+            splits = allocate_paper(table, candidates, limits)
+            return {f"split {index}": bits for index, bits in enumerate(splits)}
+        return {
+            f"quality x {weight:g}": allocate(table, candidates, limits, weight)
+            for weight in self.quality
+        }
+
+    def _best(self, job: Job, found: Survey, proposals: dict[str, Bits]) -> Bits:
+        """Return the proposal whose images of held-out prompts are nearest to full precision's."""
+        different = {
+            tuple(sorted(bits.items())): name for name, bits in reversed(proposals.items())
+        }
+        names = sorted(different.values(), key=list(proposals).index)
+        if len(names) == 1 or not self.held_out:
+            return proposals[names[0]]
+        source, calibration = job.calibration.source, job.calibration
+        assert source is not None  # the survey has used it
+        spec = source.held_out(calibration.spec, self.held_out)
+        reference = drawn(source, spec, "held-out prompts")
+        best, best_quality = names[0], -float("inf")
+        for name in names:
+            plan = found.probe.candidates.plan(proposals[name])
+            with simulated(job.model, plan, ranges_for(plan, found.probe.ranges)):
+                images = drawn(source, spec, f"held-out prompts, {name}")
+            reached = quality(images, reference)
+            logger.info("%s: %.2f dB on %d held-out images", name, reached, spec.n)
+            if reached > best_quality:
+                best, best_quality = name, reached
+        return proposals[best]
+
+
+def _build(found: re.Match[str]) -> Recipe:
+    bits = int(found["input"])
+    settings: dict[str, int | float | tuple[str, ...]] = {
+        "inputs": () if bits == 16 else (f"int{bits}",),
+        "run_inputs": () if bits == 16 else (f"int{bits}",),
+    }
+    if found["megabytes"]:
+        settings["megabytes"] = float(found["megabytes"])
+    else:
+        settings["weight_bits"] = int(found["weight"])
+    return Recipe(found[0], (MixDQ(**settings),))  # type: ignore[arg-type]
+
+
+_LINES = {
+    "4a8": "mixed 2 to 16 bits in as many bytes as w4a8, 8-bit inputs, by measured sensitivity",
+    "5a8": "the same in as many bytes as w5a8",
+    "8a8": "the same in as many bytes as w8a8",
+    "4a16": "the same in as many bytes as w4a16, float inputs: memory only",
+}
+for _name, _help in _LINES.items():
+    _weight, _input = _name.split("a")
+    _pattern = rf"mixdq-w(?P<weight>{_weight})a(?P<input>{_input})(?P<megabytes>(?!))?"
+    templates.add(f"mixdq-w{_name}", Template(_pattern, _help, _build))
+templates.add(
+    "mixdq-wXaY",
+    Template(
+        r"mixdq-(w(?P<weight>[2-8])|(?P<megabytes>\d+(\.\d+)?)mb-)a(?P<input>[2-8]|16)",
+        "any X of 2 to 8, or a budget such as mixdq-3.5mb-a8; Y of 2 to 8 or 16",
+        _build,
+    ),
+)

@@ -1,0 +1,1 @@
+"""Which layers a model can spare bits in: measured, estimated, and what follows from it."""

@@ -1,0 +1,74 @@
+"""How far a plan is from full precision, on prompts that nothing was fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dq.calibrate import CalibrationSpec, Call, InputRanges, Source
+from dq.distance import sqnr
+from dq.nn import QuantLayer, install, uninstall
+from dq.plan import Plan
+from dq.progress import track
+
+__all__ = ["drawn", "output_noise", "ranges_for", "simulated"]
+
+
+def ranges_for(plan: Plan, found: Mapping[str, InputRanges]) -> InputRanges:
+    """Return the ranges of a plan's static inputs, from those by input format and layer.
+
+    Args:
+        plan: What each layer becomes.
+        found: As in `dq.sensitivity.probe.Probe`.
+    """
+    return {
+        name: found[spec.input.format][name]
+        for name, spec in plan.layers.items()
+        if spec.is_static and spec.input is not None
+    }
+
+
+@contextmanager
+def simulated(model: nn.Module, plan: Plan, ranges: InputRanges) -> Iterator[None]:
+    """While active, a float model simulates a plan."""
+    install(model, plan)
+    try:
+        for name, found in ranges.items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, QuantLayer)  # the plan names it
+            layer.set_input(*found)
+        yield
+    finally:
+        uninstall(model)
+
+
+def drawn(source: Source, spec: CalibrationSpec, title: str) -> Tensor:
+    """Draw all images of a specification, `(N, ...)`."""
+    batches = track(range(source.batches(spec)), title)
+    return torch.cat([source.run(spec, batch) for batch in batches])
+
+
+def quality(images: Tensor, reference: Tensor) -> float:
+    """Return the mean signal to noise ratio of images, in dB."""
+    ratios = [sqnr(x, y) for x, y in zip(images, reference, strict=True)]
+    return sum(ratios) / len(ratios)
+
+
+@torch.no_grad()
+def output_noise(model: nn.Module, calls: Sequence[Call], references: Sequence[Tensor]) -> float:
+    """Return the relative noise power of the outputs of some calls.
+
+    Args:
+        model: The denoiser, simulating a plan.
+        calls: Arguments of forward calls.
+        references: Full precision's outputs of the same calls.
+    """
+    noise = power = 0.0
+    for call, reference in zip(calls, references, strict=True):
+        y = model(**call, return_dict=False)[0]
+        noise += float((y - reference).double().square().sum())
+        power += float(reference.double().square().sum())
+    return noise / power

@@ -1,0 +1,160 @@
+"""What a sensitivity is found for, on what, and how the table is made of what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from dq.calibrate import Call, InputRange, InputRanges
+from dq.nn import QuantConv2d, QuantLinear
+from dq.nn.layers import Layer
+from dq.sensitivity.candidates import Candidates
+from dq.sensitivity.table import Row, Table
+from dq.sensitivity.trace import Trace
+from dq.sensitivity.variants import input_alone, weight_alone
+
+__all__ = ["Probe", "as_float32", "fill", "tabulate"]
+
+Found = Mapping[str, float]  # by "w:FORMAT" and "a:FORMAT"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a measurement runs on.
+
+    Attributes:
+        model: The denoiser, float.
+        calls: Arguments of forward calls, in float32.
+        ranges: What calibration knows about the inputs, by input format and layer.
+        candidates: The formats.
+        weights: Names of the weight formats that are run.
+        inputs: Names of the input formats that are run.
+        prefix: Whether what came before a layer is remembered; False runs the whole model each
+            time, to compare with.
+    """
+
+    model: nn.Module
+    calls: Sequence[Call]
+    ranges: Mapping[str, InputRanges]
+    candidates: Candidates
+    weights: tuple[str, ...]
+    inputs: tuple[str, ...]
+    prefix: bool = True
+
+    def layer(self, name: str) -> Layer:
+        """Return a candidate layer of the model."""
+        layer = self.model.get_submodule(name)
+        assert isinstance(layer, (nn.Linear, nn.Conv2d))  # candidates are nothing else
+        return layer
+
+    def run_weights(self, layer: str) -> tuple[str, ...]:
+        """Return the weight formats to run; where their groups do not fit, the shortest that do."""
+        offered = self.candidates.weights[layer]
+        fitting = tuple(name for name in self.weights if name in offered)
+        return fitting or (min(offered, key=lambda name: offered[name].grid.bits),)
+
+    def runs(self, layer: str) -> tuple[str, ...]:
+        """Return what is run of a layer: "w:FORMAT" for weights, "a:FORMAT" for inputs."""
+        weights = (f"w:{name}" for name in self.run_weights(layer))
+        return (*weights, *(f"a:{name}" for name in self.inputs))
+
+    def variants(self, layer: str) -> dict[str, QuantLinear | QuantConv2d]:
+        """Return a layer with one tensor quantized, for all formats, named as in `runs`."""
+        keys = [f"w:{weight}" for weight in self.candidates.weights[layer]]
+        keys += [f"a:{input}" for input in self.candidates.inputs]
+        return {key: self.variant(layer, key) for key in keys}
+
+    def variant(self, layer: str, key: str) -> QuantLinear | QuantConv2d:
+        """Return a layer with one tensor quantized."""
+        alone = self.weight_alone if key[0] == "w" else self.input_alone
+        return alone(layer, key[2:])
+
+    def weight_alone(self, name: str, weight: str) -> QuantLinear | QuantConv2d:
+        """Return a layer with a quantized weight."""
+        input = next(iter(self.candidates.inputs), "float")
+        spec = self.candidates.spec(name, weight, input)
+        assert spec is not None  # no candidate is float
+        return weight_alone(self.layer(name), spec, self._known(name, input))
+
+    def input_alone(self, name: str, input: str) -> QuantLinear | QuantConv2d:
+        """Return a layer with a quantized input."""
+        spec = self.candidates.spec(name, next(iter(self.candidates.weights[name])), input)
+        assert spec is not None  # no candidate is float
+        return input_alone(self.layer(name), spec, self._known(name, input))
+
+    def _known(self, layer: str, input: str) -> InputRange | None:
+        return self.ranges.get(input, {}).get(layer)
+
+
+@contextmanager
+def as_float32(model: nn.Module) -> Iterator[None]:
+    """While active, the model computes in float32: small noise would drown in that of bfloat16."""
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+def fill(noise: Found, errors: Found) -> dict[str, float]:
+    """Return the noise of all formats, from that of some and the squared errors of all.
+
+    Noise is proportional to squared error; each format follows the one that is nearest to it.
+
+    Args:
+        noise: By format, of those that were run; at least one.
+        errors: By format, of all; in their order.
+    """
+    filled = {}
+    for name, error in errors.items():
+        if name in noise:
+            filled[name] = noise[name]
+            continue
+        near = min(noise, key=lambda other: _apart(errors[other], error))
+        filled[name] = noise[near] * error / errors[near] if errors[near] else noise[near]
+    return filled
+
+
+def _apart(one: float, other: float) -> float:
+    low, high = sorted((one, other))
+    return high / low if low else float("inf")
+
+
+def tabulate(
+    probe: Probe, seen: Trace, found: Mapping[str, tuple[Found, Found]], method: str
+) -> Table:
+    """Make the table.
+
+    Args:
+        probe: What was asked for.
+        seen: One call of the model.
+        found: (noise of what was run, errors of all formats) by layer.
+        method: How, in words.
+    """
+    rows = []
+    for name, (noise, errors) in found.items():
+        of = {
+            kind: {k[2:]: v for k, v in fill(_only(noise, kind), _only(errors, kind)).items()}
+            for kind in "wa"
+        }
+        role = str(probe.candidates.roles[name])
+        shape, macs = probe.candidates.shapes[name], seen.macs[name]
+        rows.append(Row(name, role, shape, macs, of["w"], of["a"], tuple(noise)))
+    sharing = [[n for n in names if n in found] for names in seen.sharing]
+    first: Any = next(v for v in probe.calls[0].values() if isinstance(v, Tensor) and v.dim() > 1)
+    facts = {"method": method, "calls": len(probe.calls), "rows of a call": len(first)}
+    groups = tuple(tuple(group) for group in sharing if len(group) > 1)
+    return Table(probe.candidates.model, tuple(rows), groups, facts)
+
+
+def _only(values: Found, kind: str) -> dict[str, float]:
+    return {key: value for key, value in values.items() if key[0] == kind}

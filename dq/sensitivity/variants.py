@@ -1,0 +1,73 @@
+"""One layer with one tensor quantized: its weight alone, or its input alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from dq.calibrate import InputRange
+from dq.nn.layers import Layer
+from dq.nn.simulated import QuantConv2d, QuantLayer, QuantLinear, simulate
+from dq.plan import LayerSpec
+from dq.presets import weight_spec
+
+__all__ = ["input_alone", "input_error", "weight_alone"]
+
+_CHEAP = weight_spec(8, 0, "absmax")  # of weights that are not quantized after all
+
+
+class _Fixed(nn.Module):
+    """A quantizer that has done its work: the same tensor at every call."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the value that was computed once."""
+        return self.value
+
+
+def weight_alone(
+    layer: Layer, spec: LayerSpec, found: InputRange | None
+) -> QuantLinear | QuantConv2d:
+    """Return a layer whose weight is quantized.
+
+    Args:
+        layer: The float layer.
+        spec: How; its input stays float, its kept tokens are kept.
+        found: What calibration knows about the input; None if it is not static.
+    """
+    made = simulate(layer, spec)
+    matrix = layer.weight.detach().flatten(1)
+    value = made.weight_quantizer(matrix).detach().to(layer.weight.dtype)
+    made.weight_quantizer = _Fixed(value)  # type: ignore[assignment]
+    made.input_quantizers = nn.ModuleList()
+    made.kept_input = None if found is None else found.kept
+    return made
+
+
+def input_alone(
+    layer: Layer, spec: LayerSpec, found: InputRange | None
+) -> QuantLinear | QuantConv2d:
+    """Return a layer whose input is quantized and whose weight stays float."""
+    made = simulate(layer, dataclasses.replace(spec, weight=_CHEAP))
+    if found is not None:
+        made.set_input(*found)
+    made.weight_quantizer = nn.Identity()  # type: ignore[assignment]
+    return made
+
+
+def input_error(layer: QuantLayer, x: Tensor) -> Tensor:
+    """Return by how much an input changes when it is quantized; kept tokens do not change.
+
+    Args:
+        layer: Made by `input_alone`.
+        x: An input of it.
+    """
+    operand, _ = layer._operands(x)
+    error = operand - x
+    if layer.spec.kept_every:
+        error[..., :: layer.spec.kept_every, :] = 0
+    return error
