@@ -97,6 +97,13 @@ class Source(Protocol):
             What was drawn, `(B, ...)`: latents, or images where the pipeline gives nothing else.
         """
 
+    def images(self, spec: CalibrationSpec, batch: int) -> Tensor:
+        """Draw one batch to the end, `(B, 3, H, W)` in [0, 1].
+
+        Raises:
+            DQError: If nothing decodes them.
+        """
+
     def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
         """Return other prompts and seeds than those of `spec`, n of them."""
 

@@ -7,11 +7,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dq.errors import DQError, unknown
+
+if TYPE_CHECKING:
+    from dq.calibrate import CalibrationSpec
 
 __all__ = ["app", "main"]
 
@@ -87,9 +90,8 @@ def quantize(
 
     check_free(output, overwrite)
     wanted = Recipe.get(recipe)
-    given = {"n": images, "steps": steps, "seed": seed, "prompts": _lines(prompts)}
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    wanted = replace(wanted, calibration=replace(wanted.calibration, **changes))
+    spec = _calibration(prompts, images, steps, seed, wanted.calibration)
+    wanted = replace(wanted, calibration=spec)
     work = output.with_name(f".{output.name}.work")
     start = time.perf_counter()
     pipe = DQPipeline.from_pretrained(
@@ -188,6 +190,65 @@ def recipes(as_json: AsJson = False) -> None:
     width = max(len(name) for name in templates.names())
     for name, template in templates.items():
         print(f"{name:{width}}  {template.help}")
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
+    prompts: Prompts = None,
+    images: Annotated[int | None, typer.Option(help="calibration images")] = None,
+    steps: Annotated[int | None, typer.Option(help="calibration steps an image")] = None,
+    seed: Annotated[int | None, typer.Option(help="calibration seed")] = None,
+    weights: Annotated[
+        str, typer.Option(help="weight formats that compete")
+    ] = "int2,int3,int4,int5,int6,int8",
+    inputs: Annotated[str, typer.Option(help="input formats that compete; none: ''")] = "int8",
+    run_weights: Annotated[
+        str, typer.Option(help="weight formats that are run; the others follow by squared error")
+    ] = "int4",
+    run_inputs: Annotated[str, typer.Option(help="input formats that are run")] = "int8",
+    batches: Annotated[int, typer.Option(help="batches of images to measure on")] = 1,
+    calls: Annotated[int, typer.Option(help="steps of each, spread over the trajectory")] = 4,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="estimate from gradients, one pass a call")
+    ] = False,
+    no_prefix: Annotated[
+        bool, typer.Option("--no-prefix", help="run the whole model each time, to compare times")
+    ] = False,
+    bits: Annotated[
+        str, typer.Option(help="budgets to show, average bits a weight")
+    ] = "2.5,3,3.5,4,4.5,5,6,8",
+    float_share: Annotated[
+        float, typer.Option(help="share of multiply-adds that may stay on float inputs")
+    ] = 0.01,
+    check: Annotated[int, typer.Option(help="random choices to hold predictions against")] = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers of a denoiser can spare bits, and what each budget buys.
+
+    Measurements are kept: `dq quantize -r mixdq-w4a8` takes them over, whatever its budget.
+    `accelerate launch -m dq sensitivity ...` shares the layers between processes.
+    """
+    from dq.budgets import Asked, run
+    from dq.methods.mixdq import MixDQ
+    from dq.sensitivity.survey import Settings
+
+    method = MixDQ(weights=_words(weights), inputs=_words(inputs), float_share=float_share)
+    runs = _words(run_weights), _words(run_inputs)
+    settings = Settings(*runs, batches, calls, fast, prefix=not no_prefix)
+    spec = _calibration(prompts, images, steps, seed)
+    asked = Asked(method, settings, tuple(_numbers(bits)), check)
+    report = run(model, output, asked, spec, _dtype(dtype), device, overwrite)
+    if report is None:  # another process reports
+        return
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        print(report)
 
 
 @app.command()
@@ -380,6 +441,33 @@ def _lines(path: Path | None) -> tuple[str, ...] | None:
     if not lines:
         raise DQError(f"prompt file {path} is empty; write one prompt a line")
     return lines
+
+
+def _calibration(
+    prompts: Path | None,
+    images: int | None,
+    steps: int | None,
+    seed: int | None,
+    default: CalibrationSpec | None = None,
+) -> CalibrationSpec:
+    from dataclasses import replace
+
+    from dq.calibrate import CalibrationSpec
+
+    given = {"n": images, "steps": steps, "seed": seed, "prompts": _lines(prompts)}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    return replace(default or CalibrationSpec(), **changes)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError as error:
+        raise DQError(f"numbers separated by commas are wanted, not {text!r}") from error
 
 
 def _dtype(name: str) -> Any:

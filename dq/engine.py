@@ -20,7 +20,7 @@ from dq.plan import Plan
 from dq.recipe import Recipe
 from dq.work import Work, fingerprint
 
-__all__ = ["decide", "quantize"]
+__all__ = ["decide", "quantize", "start"]
 
 logger = logging.getLogger("dq")
 
@@ -33,7 +33,7 @@ def decide(model: nn.Module, recipe: Recipe) -> Plan:
     Raises:
         NeedsData: If a step of the recipe needs data to decide.
     """
-    job = _job(model, recipe, None, None)
+    job = start(model, recipe, None, None)
     for method in recipe.steps:
         method.observe(job)
         job.plan = method.decide(job)
@@ -58,10 +58,10 @@ def quantize(
     if work is not None:
         identity = {} if source is None else source.identity(recipe.calibration)
         folder = work / fingerprint(model, {**recipe.to_dict(), "source": identity})
-        return _run(_job(model, recipe, source, folder), recipe)
+        return _run(start(model, recipe, source, folder), recipe)
     # Stages are kept all the same: what a later step sees must not depend on `work`.
     with tempfile.TemporaryDirectory(prefix="dq-") as temporary:
-        return _run(_job(model, recipe, source, Path(temporary)), recipe)
+        return _run(start(model, recipe, source, Path(temporary)), recipe)
 
 
 def _run(job: Job, recipe: Recipe) -> Plan:
@@ -88,7 +88,18 @@ def _run(job: Job, recipe: Recipe) -> Plan:
     return job.plan
 
 
-def _job(model: nn.Module, recipe: Recipe, source: Source | None, folder: Path | None) -> Job:
+def start(model: nn.Module, recipe: Recipe, source: Source | None, folder: Path | None) -> Job:
+    """Return the carrier of a job that is about to begin.
+
+    Args:
+        model: The denoiser, with float weights.
+        recipe: What is asked for.
+        source: Makes the denoiser run; None if nothing does.
+        folder: For finished stages; None keeps none.
+
+    Raises:
+        DQError: If the model is quantized already, or carries adapters.
+    """
     if packed_layers(model):
         raise DQError(
             f"this {type(model).__name__} is quantized already; "

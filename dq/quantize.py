@@ -21,6 +21,7 @@ from dq.spec import TensorSpec
 __all__ = ["choose_scales", "dequantize", "fake_quantize", "quantize"]
 
 _STRIP = 1 << 18  # elements worked on together
+_NEAR = 2  # multipliers tried on either side of the nearest
 
 
 def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
@@ -78,7 +79,9 @@ def _valueless(shape: tuple[int, ...], spec: TensorSpec) -> Scales:
 def _two_level(parts: Tensor, scale: Tensor, spec: TensorSpec) -> Scales:
     """Replace group scales `(r, g)` by the best products of a row scale and an integer.
 
-    Every multiplier is tried for every group, for a few row scales; least squares decides.
+    The multipliers around each group's own scale are tried, for a few row scales; least squares
+    decides. (To try all of them changes the error by less than 0.01 dB and takes up to four times
+    as long.)
     """
     top = int(formats[spec.scale_format].high) + 1
     # A group of zeros has scale 1, above its largest magnitude: it must not coarsen its row.
@@ -88,11 +91,13 @@ def _two_level(parts: Tensor, scale: Tensor, spec: TensorSpec) -> Scales:
     best_error = torch.full_like(widest, torch.inf)
     for shrink in (1.0, 0.925, 0.85):
         row = widest * shrink
+        middle = torch.round(scale / row)
         error, multiplier = torch.full_like(scale, torch.inf), torch.ones_like(scale)
-        for candidate in range(1, top + 1):
+        for offset in range(-_NEAR, _NEAR + 1):
+            candidate = (middle + offset).clamp_(1, top)
             step = (row * candidate).unsqueeze(-1)
             trial = (spec.grid.round(parts / step) * step - parts).square().sum(-1)
-            multiplier = torch.where(trial < error, float(candidate), multiplier)
+            multiplier = torch.where(trial < error, candidate, multiplier)
             error = torch.minimum(trial, error)
         total = error.sum(1, keepdim=True)
         best_multiplier = torch.where(total < best_error, multiplier, best_multiplier)

@@ -129,11 +129,19 @@ class PipelineSource:
     @torch.no_grad()
     def run(self, spec: CalibrationSpec, batch: int) -> Tensor:
         """Draw the images of one batch; latents where the pipeline gives them."""
+        return self._drawn(spec, batch, "latent")
+
+    @torch.no_grad()
+    def images(self, spec: CalibrationSpec, batch: int) -> Tensor:
+        """Draw the images of one batch, `(B, 3, H, W)` in [0, 1]."""
+        return self._drawn(spec, batch, "np").permute(0, 3, 1, 2)
+
+    def _drawn(self, spec: CalibrationSpec, batch: int, output_type: str) -> Tensor:
         prompts = repeated(self._prompts(spec), spec.n)
         indices = range(batch * spec.batch, min((batch + 1) * spec.batch, spec.n))
         chosen = [prompts[i] for i in indices]
         seeds = [spec.seed + i for i in indices]
-        drawn = draw(self.pipe, chosen, seeds, spec.steps, batch=spec.batch, output_type="latent")
+        drawn = draw(self.pipe, chosen, seeds, spec.steps, None, spec.batch, output_type)
         return torch.stack([torch.as_tensor(image).float().cpu() for image in drawn])
 
     def _prompts(self, spec: CalibrationSpec) -> Sequence[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dq.calibrate import CalibrationSpec
+from dq.errors import DQError
 from dq.family import family_of
 
 __all__ = ["NoiseSource"]
@@ -44,6 +45,10 @@ class NoiseSource:
             arguments = {**inputs, "timestep": spread.to(middle.dtype)}
             output: Tensor = self.model(**arguments, return_dict=False)[0]
         return output.float().cpu()
+
+    def images(self, spec: CalibrationSpec, batch: int) -> Tensor:
+        """Noise has no images."""
+        raise DQError("a denoiser without a pipeline draws no images; use a pipeline, or no SSIM")
 
     def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
         """Return other seeds."""

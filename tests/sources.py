@@ -31,6 +31,9 @@ class Samples:
     def batches(self, spec: CalibrationSpec) -> int:
         return self.count
 
+    def images(self, spec: CalibrationSpec, batch: int) -> torch.Tensor:
+        raise NotImplementedError
+
     def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
         return dataclasses.replace(spec, seed=spec.seed + 1000)
 
@@ -64,6 +67,9 @@ class Drawing:
 
     def batches(self, spec: CalibrationSpec) -> int:
         return 2
+
+    def images(self, spec: CalibrationSpec, batch: int) -> torch.Tensor:
+        raise NotImplementedError
 
     def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
         return spec

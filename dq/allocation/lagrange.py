@@ -6,14 +6,16 @@ there are many layers: only one of them sits between two options (Everett 1963).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from dq.allocation.problem import Choice, Option, Problem
 
 __all__ = ["relax"]
 
-_ROUNDS = 4  # over the budgets, when there are several
-_HALVINGS = 32
+_HALVINGS = 24
+_MOVES = 4  # at most, a layer
+_PAIRED = 300  # moves of each kind that are tried together
 
 
 def relax(problem: Problem) -> Choice | None:
@@ -23,32 +25,34 @@ def relax(problem: Problem) -> Choice | None:
         problem: With any number of budgets.
     """
     prices = [0.0] * len(problem.budgets)
-    best: Choice | None = None
-    for _ in range(_ROUNDS if len(prices) > 1 else 1):
-        for index in range(len(prices)):
-            prices[index] = _price(problem, prices, index)
-        found = _cheapest(problem, prices)
-        if problem.is_feasible(found) and (
-            best is None or problem.cost(found) < problem.cost(best)
-        ):
-            best = found
-    if not prices:
-        best = _cheapest(problem, prices)
-    return None if best is None else _filled(problem, best)
+    found = _settle(problem, prices, 0)
+    return _polished(problem, found, prices) if problem.is_feasible(found) else None
 
 
-def _price(problem: Problem, prices: Sequence[float], index: int) -> float:
-    """Return the lowest price of one budget that keeps it, at given prices of the others."""
-    trial = list(prices)
+def _settle(problem: Problem, prices: list[float], index: int) -> Choice:
+    """Set the prices of the budgets from `index` on to the lowest that keep them.
+
+    Each trial of a price settles all that follow it.
+
+    Args:
+        problem: What is to be decided.
+        prices: Changed in place.
+        index: Of the first price to set.
+
+    Returns:
+        The choice at these prices; not feasible if no price is high enough.
+    """
+    if index == len(prices):
+        return _cheapest(problem, prices)
     limit = problem.budgets[index].limit
 
     def keeps(price: float) -> bool:
-        trial[index] = price
-        return problem.amounts(_cheapest(problem, trial))[index] <= limit
+        prices[index] = price
+        return problem.amounts(_settle(problem, prices, index + 1))[index] <= limit
 
-    if keeps(0.0):
-        return 0.0
-    return _bisect(keeps, _scale(problem, index))
+    best = 0.0 if keeps(0.0) else _bisect(keeps, _scale(problem, index))
+    prices[index] = best
+    return _settle(problem, prices, index + 1)
 
 
 def _scale(problem: Problem, index: int) -> float:
@@ -76,7 +80,7 @@ def _cheapest(problem: Problem, prices: Sequence[float]) -> Choice:
     """Return the choice with the least cost plus price of what it takes."""
 
     def priced(option: Option) -> float:
-        return option.cost + sum(p * a for p, a in zip(prices, option.amounts, strict=True))
+        return _priced(option, prices)
 
     choice: Choice = {}
     for unit in problem.units():
@@ -86,12 +90,14 @@ def _cheapest(problem: Problem, prices: Sequence[float]) -> Choice:
     return choice
 
 
+def _priced(option: Option, prices: Sequence[float]) -> float:
+    return option.cost + sum(p * a for p, a in zip(prices, option.amounts, strict=True))
+
+
 def _picks(
     problem: Problem, unit: tuple[str, ...], priced: Callable[[Option], float]
 ) -> list[tuple[Option, ...]]:
     """Return the best options of the layers of a unit, for each tie that all of them offer."""
-    if len(unit) == 1:
-        return [(min(problem.layers[unit[0]], key=priced),)]
     ties = set.intersection(*({o.tie for o in problem.layers[name]} for name in unit))
     return [
         tuple(min((o for o in problem.layers[n] if o.tie == tie), key=priced) for n in unit)
@@ -99,28 +105,81 @@ def _picks(
     ]
 
 
-def _filled(problem: Problem, choice: Choice) -> Choice:
-    """Spend what is left of the budgets: again and again on what gains most for its amount."""
-    filled = dict(choice)
-    left = [b.limit - a for b, a in zip(problem.budgets, problem.amounts(choice), strict=True)]
-    while True:
-        best_gain, best = 0.0, None
-        for name, current in filled.items():
-            for option in problem.layers[name]:
-                gain = current.cost - option.cost
-                if gain <= 0 or option.tie != current.tie:
-                    continue
-                more = [a - b for a, b in zip(option.amounts, current.amounts, strict=True)]
-                if any(m > max(rest, 0.0) for m, rest in zip(more, left, strict=True)):
-                    continue
-                spent = sum(
-                    max(m, 0.0) / (abs(budget.limit) or 1.0)
-                    for m, budget in zip(more, problem.budgets, strict=True)
-                )
-                rate = gain / max(spent, 1e-12)
-                if rate > best_gain:
-                    best_gain, best = rate, (name, option, more)
-        if best is None:
-            return filled
-        name, filled[name], more = best
-        left = [rest - m for rest, m in zip(left, more, strict=True)]
+class _Move(NamedTuple):
+    """A change of one unit's options."""
+
+    cost: float  # negative is better
+    amounts: tuple[float, ...]  # what it takes more
+    options: Choice
+
+
+def _polished(problem: Problem, choice: Choice, prices: Sequence[float]) -> Choice:
+    """Improve a feasible choice by moves of one unit, then by pairs: one pays for the other."""
+    best = dict(choice)
+    for _ in range(_MOVES * len(problem.layers)):
+        spent = problem.amounts(best)
+        left = [budget.limit - a for budget, a in zip(problem.budgets, spent, strict=True)]
+        moves = [move for unit in problem.units() for move in _moves(problem, unit, best, prices)]
+        found = _single(moves, left, problem) or _pair(moves, left)
+        if not found:
+            break
+        best |= found
+    return best
+
+
+def _moves(
+    problem: Problem, unit: tuple[str, ...], choice: Choice, prices: Sequence[float]
+) -> Iterator[_Move]:
+    """Yield the changes of one layer within its tie, and those of all to another tie."""
+    for name in unit:
+        for option in problem.layers[name]:
+            if option is not choice[name] and option.tie == choice[name].tie:
+                yield _move(choice, {name: option})
+    if len(unit) > 1 or len({option.tie for option in problem.layers[unit[0]]}) > 1:
+        for pick in _picks(problem, unit, lambda option: _priced(option, prices)):
+            if pick[0].tie != choice[unit[0]].tie:
+                yield _move(choice, dict(zip(unit, pick, strict=True)))
+
+
+def _move(choice: Choice, options: Choice) -> _Move:
+    more = [
+        [a - b for a, b in zip(option.amounts, choice[name].amounts, strict=True)]
+        for name, option in options.items()
+    ]
+    cost = sum(option.cost - choice[name].cost for name, option in options.items())
+    return _Move(cost, tuple(map(sum, zip(*more, strict=True))), options)
+
+
+def _affordable(amounts: Iterable[float], left: Sequence[float]) -> bool:
+    return all(a <= max(rest, 0.0) or a <= 0.0 for a, rest in zip(amounts, left, strict=True))
+
+
+def _single(moves: Sequence[_Move], left: Sequence[float], problem: Problem) -> Choice | None:
+    """Return the affordable move that gains most for what it takes."""
+
+    def rate(move: _Move) -> float:
+        shares = [
+            max(a, 0.0) / (abs(budget.limit) or 1.0)
+            for a, budget in zip(move.amounts, problem.budgets, strict=True)
+        ]
+        return -move.cost / max(sum(shares), 1e-12)
+
+    better = [move for move in moves if move.cost < 0 and _affordable(move.amounts, left)]
+    return max(better, key=rate).options if better else None
+
+
+def _pair(moves: Sequence[_Move], left: Sequence[float]) -> Choice | None:
+    """Return the two moves that gain most together, among the most promising ones."""
+    better = sorted((m for m in moves if m.cost < 0), key=lambda m: m.cost)[:_PAIRED]
+    worse = sorted((m for m in moves if m.cost > 0), key=lambda m: m.cost)[:_PAIRED]
+    best, found = 0.0, None
+    for one in better:
+        for other in worse:
+            total = one.cost + other.cost
+            if total >= best:
+                break  # those that follow cost more
+            if one.options.keys() & other.options.keys():
+                continue
+            if _affordable(map(sum, zip(one.amounts, other.amounts, strict=True)), left):
+                best, found = total, one.options | other.options
+    return found

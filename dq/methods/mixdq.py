@@ -27,8 +27,9 @@ from dq.presets import FLOAT
 from dq.recipe import Recipe, Template, templates
 from dq.sensitivity.bits import Bits, Limits, allocate, allocate_paper
 from dq.sensitivity.candidates import Candidates
-from dq.sensitivity.heldout import drawn, quality, ranges_for, simulated
+from dq.sensitivity.heldout import drawn, quality, simulated
 from dq.sensitivity.survey import Settings, Survey, survey
+from dq.sensitivity.times import timed
 
 __all__ = ["MixDQ"]
 
@@ -58,6 +59,9 @@ class MixDQ(Method):
         batches: Batches of the calibration's images to measure on.
         steps: Steps of each.
         fast: Estimate sensitivity from gradients.
+        content: "ssim" scores the content group by finished images, for `objective="paper"`.
+        max_time: The layers may take this share of their time in full precision, as measured on
+            this machine; 0 for no limit.
     """
 
     weight_bits: int = 4
@@ -75,12 +79,18 @@ class MixDQ(Method):
     batches: int = 1
     steps: int = 4
     fast: bool = False
+    content: str = "noise"
+    max_time: float = 0.0
 
     def __post_init__(self) -> None:
         if self.objective not in ("noise", "paper"):
             raise unknown("objective", self.objective, ("noise", "paper"))
         if self.dynamic not in ("auto", "static", "dynamic"):
             raise unknown("value of dynamic", self.dynamic, ("auto", "static", "dynamic"))
+        if self.content == "ssim" and self.objective != "paper":
+            raise DQError(
+                "SSIM and noise cannot be added up: content='ssim' is for the paper's objective"
+            )
         if not self.quality or min(self.quality) <= 0:
             raise DQError(f"quality lists weights above 0, not {self.quality}")
         for entry in self.forced:
@@ -98,6 +108,11 @@ class MixDQ(Method):
         candidates = self.candidates(job, kept.every)
         found = survey(job.calibration, candidates, self._settings())
         limits = self._limits(job, candidates)
+        if self.max_time:
+            table = timed(found.table, candidates, job.model)
+            whole = sum(row.seconds[f"{FLOAT}|{FLOAT}"] for row in table.rows)
+            found = dataclasses.replace(found, table=table)
+            limits = dataclasses.replace(limits, seconds=self.max_time * whole)
         chosen = self._best(job, found, self._proposals(found, limits))
         notes = {job.plan.model: kept.why_not} if kept.why_not and self.inputs else {}
         return dataclasses.replace(candidates.plan(chosen), notes=notes)
@@ -110,7 +125,9 @@ class MixDQ(Method):
         return Candidates.of(job.model, job.family, self.weights, self.inputs, dynamic, kept_every)
 
     def _settings(self) -> Settings:
-        return Settings(self.run_weights, self.run_inputs, self.batches, self.steps, self.fast)
+        return Settings(
+            self.run_weights, self.run_inputs, self.batches, self.steps, self.fast, self.content
+        )
 
     def _limits(self, job: Job, candidates: Candidates) -> Limits:
         budget = self.megabytes * 1e6 or self._uniform_bytes(job, candidates)
@@ -153,8 +170,7 @@ class MixDQ(Method):
         reference = drawn(source, spec, "held-out prompts")
         best, best_quality = names[0], -float("inf")
         for name in names:
-            plan = found.probe.candidates.plan(proposals[name])
-            with simulated(job.model, plan, ranges_for(plan, found.probe.ranges)):
+            with simulated(found.probe, proposals[name]):
                 images = drawn(source, spec, f"held-out prompts, {name}")
             reached = quality(images, reference)
             logger.info("%s: %.2f dB on %d held-out images", name, reached, spec.n)

@@ -31,13 +31,14 @@ class Quantizer(nn.Module):
 
     def fit(self, x: Tensor) -> None:
         """Choose the scales for a known matrix, e.g. a weight."""
-        self._set(choose_scales(x.detach(), self.spec))
+        self.set_scales(choose_scales(x.detach(), self.spec))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take over an observed range, two tensors of one element, for one scale."""
-        self._set(scales_of_range(low.view(1, 1), high.view(1, 1), self.spec))
+        self.set_scales(scales_of_range(low.view(1, 1), high.view(1, 1), self.spec))
 
-    def _set(self, scales: Scales) -> None:
+    def set_scales(self, scales: Scales) -> None:
+        """Take over scales that were chosen before."""
         for name, value in scales._asdict().items():
             setattr(self, name, value)
 

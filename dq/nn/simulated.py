@@ -13,6 +13,7 @@ from dq.nn.kept import apart
 from dq.nn.layers import Layer, constructor, input_channels
 from dq.nn.quantizer import Quantizer
 from dq.plan import LayerSpec
+from dq.scales import Scales
 
 __all__ = ["QuantConv2d", "QuantLayer", "QuantLinear", "fake_input", "segments", "simulate"]
 
@@ -58,15 +59,18 @@ class QuantLayer:
     kept_input: Tensor | None = None
     axis: int  # of the channels
 
-    def _take(self, layer: Layer, spec: LayerSpec) -> None:
-        """Share the parameters of `layer` and choose the scales of its weight."""
+    def _take(self, layer: Layer, spec: LayerSpec, scales: Scales | None) -> None:
+        """Share the parameters of `layer`; choose the scales of its weight if none are given."""
         if spec.kept_every and not isinstance(layer, nn.Linear):
             raise DQError("kept tokens are those of a linear layer; images have none")
         self.spec = spec
         self.weight = layer.weight
         self.bias = layer.bias
         self.weight_quantizer = Quantizer(spec.weight)
-        self.weight_quantizer.fit(layer.weight.flatten(1))
+        if scales is None:
+            self.weight_quantizer.fit(layer.weight.flatten(1))
+        else:
+            self.weight_quantizer.set_scales(scales)
         self.sizes = segments(layer, spec)
         quantizers = [] if spec.input is None else [Quantizer(spec.input) for _ in self.sizes]
         self.input_quantizers = nn.ModuleList(quantizers)
@@ -97,9 +101,9 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     axis = -1
 
-    def __init__(self, layer: nn.Linear, spec: LayerSpec) -> None:
+    def __init__(self, layer: nn.Linear, spec: LayerSpec, scales: Scales | None = None) -> None:
         nn.Linear.__init__(self, **constructor(layer))
-        self._take(layer, spec)
+        self._take(layer, spec, scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., in)` to `(..., out)`."""
@@ -117,9 +121,9 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     axis = 1
 
-    def __init__(self, layer: nn.Conv2d, spec: LayerSpec) -> None:
+    def __init__(self, layer: nn.Conv2d, spec: LayerSpec, scales: Scales | None = None) -> None:
         nn.Conv2d.__init__(self, **constructor(layer))
-        self._take(layer, spec)
+        self._take(layer, spec, scales)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, in, H, W)` to `(B, out, H', W')`."""
@@ -127,6 +131,16 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-def simulate(layer: Layer, spec: LayerSpec) -> QuantLinear | QuantConv2d:
-    """Return the simulated form of a layer; it shares the layer's parameters."""
-    return QuantLinear(layer, spec) if isinstance(layer, nn.Linear) else QuantConv2d(layer, spec)
+def simulate(
+    layer: Layer, spec: LayerSpec, scales: Scales | None = None
+) -> QuantLinear | QuantConv2d:
+    """Return the simulated form of a layer; it shares the layer's parameters.
+
+    Args:
+        layer: The float layer.
+        spec: How it is quantized.
+        scales: Of its weight, if they have been chosen before.
+    """
+    if isinstance(layer, nn.Linear):
+        return QuantLinear(layer, spec, scales)
+    return QuantConv2d(layer, spec, scales)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from dq.nn.packed import PackedConv2d, PackedLinear, packed
 from dq.nn.simulated import QuantLayer, simulate
 from dq.plan import LayerSpec, Plan
 from dq.progress import track
+from dq.scales import Scales
 
 __all__ = [
     "empty_packed",
@@ -48,17 +49,22 @@ def _planned(model: nn.Module, plan: Plan) -> list[tuple[str, Layer, LayerSpec]]
     return [(name, layers[name], spec) for name, spec in plan.layers.items()]
 
 
-def install(model: nn.Module, plan: Plan) -> None:
+def install(model: nn.Module, plan: Plan, scales: Mapping[str, Scales] | None = None) -> None:
     """Replace every float layer that the plan names by its simulated form, in place.
 
     Simulated layers that the plan does not name, left by an earlier step, become float again.
+
+    Args:
+        model: The denoiser.
+        plan: What each layer becomes.
+        scales: Of weights, by layer, where they have been chosen before.
     """
     done = []
     for name, layer, spec in track(_planned(model, plan), "choosing scales"):
         if isinstance(layer, QuantLayer) and layer.spec == spec:
             continue  # an earlier step of the recipe has installed, perhaps tuned it
         with inside(describe(name, layer)):
-            done.append((name, simulate(layer, spec)))
+            done.append((name, simulate(layer, spec, (scales or {}).get(name))))
     uninstall(model, keep=plan.layers)
     for name, layer in done:
         replace(model, name, layer)

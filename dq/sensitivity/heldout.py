@@ -8,41 +8,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import CalibrationSpec, Call, InputRanges, Source
+from dq.calibrate import CalibrationSpec, Call, Source
 from dq.distance import sqnr
 from dq.nn import QuantLayer, install, uninstall
-from dq.plan import Plan
+from dq.presets import FLOAT
 from dq.progress import track
+from dq.sensitivity.probe import Probe
 
-__all__ = ["drawn", "output_noise", "ranges_for", "simulated"]
-
-
-def ranges_for(plan: Plan, found: Mapping[str, InputRanges]) -> InputRanges:
-    """Return the ranges of a plan's static inputs, from those by input format and layer.
-
-    Args:
-        plan: What each layer becomes.
-        found: As in `dq.sensitivity.probe.Probe`.
-    """
-    return {
-        name: found[spec.input.format][name]
-        for name, spec in plan.layers.items()
-        if spec.is_static and spec.input is not None
-    }
+__all__ = ["drawn", "output_noise", "quality", "simulated"]
 
 
 @contextmanager
-def simulated(model: nn.Module, plan: Plan, ranges: InputRanges) -> Iterator[None]:
-    """While active, a float model simulates a plan."""
-    install(model, plan)
+def simulated(probe: Probe, choice: Mapping[str, tuple[str, str]]) -> Iterator[None]:
+    """While active, the probe's model simulates a choice of (weight, input) by layer."""
+    scales = {n: probe.scales(n, weight) for n, (weight, _) in choice.items() if weight != FLOAT}
+    plan = probe.candidates.plan(choice)
+    install(probe.model, plan, scales)
     try:
-        for name, found in ranges.items():
-            layer = model.get_submodule(name)
-            assert isinstance(layer, QuantLayer)  # the plan names it
-            layer.set_input(*found)
+        for name, spec in plan.layers.items():
+            if spec.is_static:
+                layer = probe.model.get_submodule(name)
+                assert isinstance(layer, QuantLayer)  # the plan names it
+                layer.set_input(*probe.ranges[choice[name][1]][name])
         yield
     finally:
-        uninstall(model)
+        uninstall(probe.model)
 
 
 def drawn(source: Source, spec: CalibrationSpec, title: str) -> Tensor:

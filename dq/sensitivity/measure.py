@@ -8,6 +8,7 @@ less makes four times the noise; it also holds between formats whose groups or g
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from dq.errors import DQError
 from dq.nn.swap import replace
 from dq.progress import track
 from dq.sensitivity.prefix import Prefix, stages
@@ -26,6 +28,8 @@ from dq.sensitivity.trace import Trace, trace
 from dq.work import Work
 
 __all__ = ["measure"]
+
+logger = logging.getLogger("dq")
 
 _UNIT = 24  # layers that share one recorded run of each call
 
@@ -59,7 +63,13 @@ def measure(probe: Probe, work: Work) -> Table:
     state.wait_for_everyone()
     stored: dict[str, Tensor] = {}
     for index in range(len(units)):
-        stored |= done.get(index) or work.load(f"unit-{index:04}") or {}
+        part = done.get(index) or work.load(f"unit-{index:04}")
+        if part is None:
+            raise DQError(
+                "layers that another process has measured are missing: all processes must share "
+                "the cache folder, see XDG_CACHE_HOME"
+            )
+        stored |= part
     found: dict[str, tuple[dict[str, float], dict[str, float]]] = {n: ({}, {}) for n in layers}
     for key, value in stored.items():
         name, kind, format = key.split("|")
@@ -80,6 +90,7 @@ class _Unit:
         self.variants = {name: probe.variants(name) for name in layers}
         self.trials = {name: list(self._trials(name, seen)) for name in layers}
         self.found: dict[str, float] = {}
+        self.remember: bool | None = None  # to be tried out
 
     def _trials(self, name: str, seen: Trace) -> Iterator[tuple[str, dict[str, nn.Module]]]:
         """Yield what is run of a layer, and which layers are exchanged for it.
@@ -106,7 +117,12 @@ class _Unit:
             with self._comparing(squares):
                 reference = prefix.record(call)
             power += _square(reference)
-            with prefix.remembered() if self.probe.prefix else nullcontext():
+            if self.remember is None:
+                ends = (self.layers[0], self.layers[-1])  # the second sees what the first has left
+                self.remember = self.probe.prefix and prefix.repeats(call, ends)
+                if self.probe.prefix and not self.remember:
+                    logger.warning("the model does not repeat itself: it is run whole each time")
+            with prefix.remembered() if self.remember else nullcontext():
                 for name in self.layers:
                     for key, exchanged in self.trials[name]:
                         with _in_place(self.probe.model, exchanged):
@@ -114,7 +130,6 @@ class _Unit:
                         for member in exchanged:
                             part = _square(y - reference) / len(exchanged)
                             self._add(f"{member}|noise|{key}", part)
-                prefix.check(call)
         relative = {}
         for key, value in self.found.items():
             name, kind, _ = key.split("|")

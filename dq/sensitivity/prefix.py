@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.errors import DQError
 from dq.family import quantizable
 
 __all__ = ["Prefix", "stages"]
@@ -133,16 +132,11 @@ class Prefix:
             return outputs[index][1]
         return forward(*args, **kwargs)
 
-    def check(self, arguments: Mapping[str, Any]) -> None:
-        """Make sure that what is remembered leads to the same output, from the last layer on.
+    def repeats(self, arguments: Mapping[str, Any], layers: Sequence[str]) -> bool:
+        """Whether what is remembered leads to the recorded output, from each of some layers on.
 
-        Raises:
-            DQError: If not: the model changes tensors in place, and nothing measured is right.
+        Not so where a model draws random numbers, or changes in place what it was given back.
         """
-        last = max(self.began, key=self.began.__getitem__)
         assert self._output is not None  # recorded before
-        if not torch.equal(self.rerun(arguments, last), self._output):
-            raise DQError(
-                f"{type(self.model).__name__} does not repeat its output from remembered parts; "
-                "it draws random numbers or changes tensors in place: measure with --no-prefix"
-            )
+        with self.remembered():
+            return all(torch.equal(self.rerun(arguments, n), self._output) for n in layers)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from dq.calibrate import Call, InputRange, InputRanges
+from dq.errors import inside
 from dq.nn import QuantConv2d, QuantLinear
 from dq.nn.layers import Layer
+from dq.quantize import choose_scales
+from dq.scales import Scales
 from dq.sensitivity.candidates import Candidates
 from dq.sensitivity.table import Row, Table
 from dq.sensitivity.trace import Trace
@@ -44,6 +47,7 @@ class Probe:
     weights: tuple[str, ...]
     inputs: tuple[str, ...]
     prefix: bool = True
+    _scales: dict[tuple[str, str], Scales] = field(default_factory=dict, repr=False, compare=False)
 
     def layer(self, name: str) -> Layer:
         """Return a candidate layer of the model."""
@@ -64,9 +68,12 @@ class Probe:
 
     def variants(self, layer: str) -> dict[str, QuantLinear | QuantConv2d]:
         """Return a layer with one tensor quantized, for all formats, named as in `runs`."""
-        keys = [f"w:{weight}" for weight in self.candidates.weights[layer]]
-        keys += [f"a:{input}" for input in self.candidates.inputs]
-        return {key: self.variant(layer, key) for key in keys}
+        return {key: self.variant(layer, key) for key in self.keys(layer)}
+
+    def keys(self, layer: str) -> list[str]:
+        """Return all formats of a layer, named as in `runs`."""
+        weights = (f"w:{weight}" for weight in self.candidates.weights[layer])
+        return [*weights, *(f"a:{input}" for input in self.candidates.inputs)]
 
     def variant(self, layer: str, key: str) -> QuantLinear | QuantConv2d:
         """Return a layer with one tensor quantized."""
@@ -78,7 +85,17 @@ class Probe:
         input = next(iter(self.candidates.inputs), "float")
         spec = self.candidates.spec(name, weight, input)
         assert spec is not None  # no candidate is float
-        return weight_alone(self.layer(name), spec, self._known(name, input))
+        scales = self.scales(name, weight)
+        return weight_alone(self.layer(name), spec, scales, self._known(name, input))
+
+    def scales(self, layer: str, weight: str) -> Scales:
+        """Return the scales of a weight in one of its formats; they are chosen once."""
+        key = layer, weight
+        if key not in self._scales:
+            matrix = self.layer(layer).weight.detach().flatten(1)
+            with inside(layer):
+                self._scales[key] = choose_scales(matrix, self.candidates.weights[layer][weight])
+        return self._scales[key]
 
     def input_alone(self, name: str, input: str) -> QuantLinear | QuantConv2d:
         """Return a layer with a quantized input."""
@@ -142,13 +159,15 @@ def tabulate(
     """
     rows = []
     for name, (noise, errors) in found.items():
+        keys = probe.keys(name)
         of = {
-            kind: {k[2:]: v for k, v in fill(_only(noise, kind), _only(errors, kind)).items()}
+            kind: fill(_only(noise, kind), {k[2:]: errors[k] for k in keys if k[0] == kind})
             for kind in "wa"
         }
         role = str(probe.candidates.roles[name])
         shape, macs = probe.candidates.shapes[name], seen.macs[name]
-        rows.append(Row(name, role, shape, macs, of["w"], of["a"], tuple(noise)))
+        entry, ran = seen.inputs[name], tuple(key for key in keys if key in noise)
+        rows.append(Row(name, role, shape, entry, macs, of["w"], of["a"], ran))
     sharing = [[n for n in names if n in found] for names in seen.sharing]
     first: Any = next(v for v in probe.calls[0].values() if isinstance(v, Tensor) and v.dim() > 1)
     facts = {"method": method, "calls": len(probe.calls), "rows of a call": len(first)}
@@ -157,4 +176,4 @@ def tabulate(
 
 
 def _only(values: Found, kind: str) -> dict[str, float]:
-    return {key: value for key, value in values.items() if key[0] == kind}
+    return {key[2:]: value for key, value in values.items() if key[0] == kind}

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.calibrate import Calibration, Call, InputRanges
-from dq.errors import DQError
+from dq.calibrate import Calibration, Call
+from dq.errors import DQError, unknown
 from dq.folders import cache_folder
 from dq.sensitivity.candidates import Candidates
+from dq.sensitivity.content import with_content
 from dq.sensitivity.gradient import estimate
 from dq.sensitivity.measure import measure
 from dq.sensitivity.probe import Probe
 from dq.sensitivity.table import Table
 from dq.work import Work, fingerprint
 
-__all__ = ["Settings", "Survey", "survey"]
+__all__ = ["Settings", "Survey", "find", "prepare", "sample", "survey"]
 
 _VERSION = 1  # of what is measured; tables of another one are measured anew
 
@@ -35,6 +36,9 @@ class Settings:
         batches: Batches of the calibration's images.
         steps: Denoising steps of each, spread over the trajectory.
         fast: Estimate from gradients instead of running anything layer by layer.
+        content: What the content group is scored by beside noise: "noise" for nothing else, or
+            "ssim" of finished images, as in the paper.
+        prefix: Whether what comes before a layer is remembered; False to compare times.
     """
 
     weights: tuple[str, ...] = ("int4",)
@@ -42,11 +46,15 @@ class Settings:
     batches: int = 1
     steps: int = 4
     fast: bool = False
+    content: str = "noise"
+    prefix: bool = True
 
     def __post_init__(self) -> None:
         for name in ("batches", "steps"):
             if getattr(self, name) < 1:
                 raise DQError(f"a sensitivity needs {name} of 1 or more")
+        if self.content not in ("noise", "ssim"):
+            raise unknown("content score", self.content, ("noise", "ssim"))
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,6 @@ class Survey:
 def survey(calibration: Calibration, candidates: Candidates, settings: Settings) -> Survey:
     """Find the table of a model, or take the one that was found before.
 
-    Tables are kept in the user's cache, under a fingerprint of model, prompts and settings, layer
-    by layer: an interrupted measurement continues, and another budget needs no other table.
-
     Args:
         calibration: Of the model, float.
         candidates: Formats that compete.
@@ -76,27 +81,49 @@ def survey(calibration: Calibration, candidates: Candidates, settings: Settings)
     Raises:
         NeedsData: If nothing makes the denoiser run.
     """
-    settings = dataclasses.replace(
-        settings,
-        inputs=tuple(name for name in settings.inputs if name in candidates.inputs)
-        or tuple(candidates.inputs)[:1],
-    )
+    probe = prepare(calibration, candidates, settings)
+    return Survey(find(calibration, probe, settings), probe)
+
+
+def prepare(calibration: Calibration, candidates: Candidates, settings: Settings) -> Probe:
+    """Capture the calls to measure on, and the ranges of all inputs."""
     calls = sample(calibration, settings)
     plans = candidates.input_plans()
-    found = calibration.ranges_of(list(plans.values()))
-    ranges: Mapping[str, InputRanges] = dict(zip(plans, found, strict=True))
-    probe = Probe(calibration.model, calls, ranges, candidates, settings.weights, settings.inputs)
+    ranges = calibration.ranges_of(list(plans.values()))
+    inputs = tuple(name for name in settings.inputs if name in candidates.inputs)
+    return Probe(
+        calibration.model,
+        calls,
+        dict(zip(plans, ranges, strict=True)),
+        candidates,
+        settings.weights,
+        inputs or tuple(candidates.inputs)[:1],
+        settings.prefix,
+    )
+
+
+def find(calibration: Calibration, probe: Probe, settings: Settings) -> Table:
+    """Measure or estimate.
+
+    Measured tables are kept in the user's cache, under a fingerprint of model, prompts and
+    settings, layer by layer: an interrupted measurement continues, and another budget needs no
+    other table.
+    """
+    source, spec = calibration.source, calibration.spec
+    assert source is not None  # it has given the calls
     if settings.fast:
-        return Survey(estimate(probe), probe)
-    assert calibration.source is not None  # it has given the calls
+        return estimate(probe)
     key = {
         "version": _VERSION,
         "settings": dataclasses.asdict(settings),
-        "candidates": candidates.to_dict(),
-        "source": dict(calibration.source.identity(calibration.spec)),
+        "candidates": probe.candidates.to_dict(),
+        "source": dict(source.identity(spec)),
     }
     work = Work(cache_folder() / "sensitivity" / fingerprint(calibration.model, key))
-    return Survey(measure(probe, work), probe)
+    table = measure(probe, work)
+    if settings.content == "ssim":
+        table = with_content(table, probe, source, spec, work)
+    return table
 
 
 def sample(calibration: Calibration, settings: Settings, first: int = 0) -> list[Call]:

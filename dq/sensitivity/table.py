@@ -42,6 +42,7 @@ class Row:
         name: Of the layer.
         role: What it does.
         shape: (N, K) of its weight.
+        entry: Shape of its input in the calls that were measured on.
         macs: Multiply-adds for one image.
         weight: Relative noise power at the model's output, `sum (y' - y)^2 / sum y^2`, when only
             the weight is quantized, by format.
@@ -54,6 +55,7 @@ class Row:
     name: str
     role: str
     shape: tuple[int, int]
+    entry: tuple[int, ...]
     macs: int
     weight: Mapping[str, float]
     input: Mapping[str, float]
@@ -106,10 +108,8 @@ class Table:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Invert `to_dict`."""
-        rows = [
-            Row(**{**row, "shape": tuple(row["shape"]), "measured": tuple(row["measured"])})
-            for row in values["rows"]
-        ]
+        lists = ("shape", "entry", "measured")
+        rows = [Row(**{**row, **{k: tuple(row[k]) for k in lists}}) for row in values["rows"]]
         sharing = tuple(tuple(group) for group in values["sharing"])
         return cls(values["model"], tuple(rows), sharing, values["facts"])
 

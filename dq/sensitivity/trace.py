@@ -25,12 +25,14 @@ class Trace:
         order: Layers in the order in which they begin; those that did not run are missing.
         ran: Names of all modules that ran.
         macs: Multiply-adds of each layer, for one image.
+        inputs: Shape of each layer's input.
         sharing: Layers that see the very same input tensor, in groups of two and more.
     """
 
     order: list[str] = field(default_factory=list)
     ran: set[str] = field(default_factory=set)
     macs: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     sharing: list[tuple[str, ...]] = field(default_factory=list)
 
 
@@ -52,6 +54,7 @@ def trace(model: nn.Module, arguments: Mapping[str, Any]) -> Trace:
         if name not in layers or name in found.order:
             return
         found.order.append(name)
+        found.inputs[name] = tuple(args[0].shape)
         reference, group = seen.get(id(args[0]), (None, []))
         if reference is None or reference() is not args[0]:  # an address may be used again
             group = []

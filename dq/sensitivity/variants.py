@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import torch
 from torch import Tensor, nn
 
 from dq.calibrate import InputRange
 from dq.nn.layers import Layer
 from dq.nn.simulated import QuantConv2d, QuantLayer, QuantLinear, simulate
 from dq.plan import LayerSpec
-from dq.presets import weight_spec
+from dq.scales import Scales
 
 __all__ = ["input_alone", "input_error", "weight_alone"]
-
-_CHEAP = weight_spec(8, 0, "absmax")  # of weights that are not quantized after all
 
 
 class _Fixed(nn.Module):
@@ -30,16 +27,17 @@ class _Fixed(nn.Module):
 
 
 def weight_alone(
-    layer: Layer, spec: LayerSpec, found: InputRange | None
+    layer: Layer, spec: LayerSpec, scales: Scales, found: InputRange | None
 ) -> QuantLinear | QuantConv2d:
     """Return a layer whose weight is quantized.
 
     Args:
         layer: The float layer.
         spec: How; its input stays float, its kept tokens are kept.
+        scales: Of its weight.
         found: What calibration knows about the input; None if it is not static.
     """
-    made = simulate(layer, spec)
+    made = simulate(layer, spec, scales)
     matrix = layer.weight.detach().flatten(1)
     value = made.weight_quantizer(matrix).detach().to(layer.weight.dtype)
     made.weight_quantizer = _Fixed(value)  # type: ignore[assignment]
@@ -52,7 +50,8 @@ def input_alone(
     layer: Layer, spec: LayerSpec, found: InputRange | None
 ) -> QuantLinear | QuantConv2d:
     """Return a layer whose input is quantized and whose weight stays float."""
-    made = simulate(layer, dataclasses.replace(spec, weight=_CHEAP))
+    no_scales = Scales(torch.ones(1, 1))  # of a weight that is not quantized after all
+    made = simulate(layer, spec, no_scales)
     if found is not None:
         made.set_input(*found)
     made.weight_quantizer = nn.Identity()  # type: ignore[assignment]

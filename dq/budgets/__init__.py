@@ -1,0 +1,142 @@
+"""What a model can spare: `dq sensitivity`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from dq.budgets.front import Point, Trial, front, random_bits, uniform_bits
+from dq.budgets.page import write_page
+from dq.budgets.report import Report, correlation
+from dq.calibrate import CalibrationSpec
+from dq.engine import start
+from dq.family import Role
+from dq.folders import check_free, new_folder
+from dq.methods.bos import find_kept
+from dq.methods.mixdq import MixDQ
+from dq.pipelines.draw import PipelineSource
+from dq.pipelines.pipeline import DQPipeline
+from dq.progress import track
+from dq.recipe import Recipe
+from dq.sensitivity.gradient import estimate
+from dq.sensitivity.survey import Settings, find, prepare, sample
+from dq.sensitivity.table import Table
+
+__all__ = ["Asked", "Report", "run"]
+
+_WIDE = (Role.IO, Role.TIME)  # roles that uniform recipes give 8 bits
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be found.
+
+    Args:
+        method: Formats that compete, and limits other than bytes.
+        settings: What the table is found on.
+        bits: Budgets to show, in average bits a weight.
+        random: Random choices to hold predictions against.
+    """
+
+    method: MixDQ
+    settings: Settings
+    bits: tuple[float, ...] = (2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0)
+    random: int = 0
+
+
+def run(
+    model: str,
+    folder: Path,
+    asked: Asked,
+    calibration: CalibrationSpec,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    overwrite: bool = False,
+) -> Report | None:
+    """Find the sensitivity of a model's layers, and write `sensitivity.json` and `report.html`.
+
+    Args:
+        model: Folder or hub name of a pipeline, or a checkpoint of dq.
+        folder: Where to write.
+        asked: What to find.
+        calibration: Prompts, how many, steps, seed.
+        dtype: Of the pipeline; measurements themselves are in float32.
+        device: Where to run.
+        overwrite: Whether a folder that exists is replaced.
+
+    Returns:
+        What was found; None in all but the first of several processes.
+    """
+    check_free(folder, overwrite)
+    state = PartialState()
+    pipe = DQPipeline.from_pretrained(model, dtype=dtype).to(device)
+    recipe = Recipe("sensitivity", (asked.method,), calibration)
+    with tempfile.TemporaryDirectory(prefix="dq-") as work:
+        job = start(pipe.denoiser.eval(), recipe, PipelineSource(pipe), Path(work))
+        candidates = asked.method.candidates(job, find_kept(job).every)
+        probe = prepare(job.calibration, candidates, asked.settings)
+        begin = time.perf_counter()
+        table = find(job.calibration, probe, asked.settings)
+        seconds = time.perf_counter() - begin
+        if not state.is_main_process:
+            return None
+        after = sample(job.calibration, asked.settings, first=asked.settings.batches)
+    compared = {} if asked.settings.fast else _compare(table, estimate(probe))
+    trial = Trial(table, probe, after or probe.calls)
+    report = Report(
+        table,
+        tuple(front(trial, asked.bits, asked.method.float_share)),
+        tuple(_uniform(trial)),
+        tuple(_random(trial, asked.random)),
+        compared,
+        seconds,
+        folder,
+    )
+    with new_folder(folder, overwrite) as new:
+        (new / "sensitivity.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        write_page(report, new, model, _widths(trial))
+    return report
+
+
+def _widths(trial: Trial) -> dict[str, int]:
+    """Return the bits of each weight format."""
+    tables = trial.probe.candidates.weights.values()
+    return {name: spec.grid.bits for table in tables for name, spec in table.items()}
+
+
+def _uniform(trial: Trial) -> list[Point]:
+    """Return the choices of one weight format for all, from few bits to many."""
+    widths = _widths(trial)
+    widest = max(widths, key=lambda name: widths[name])
+    names = sorted(widths, key=lambda name: widths[name])
+    return [
+        trial.point(f"{name} everywhere", uniform_bits(trial, name, widest, _WIDE))
+        for name in track(names, "trying uniform formats")
+    ]
+
+
+def _random(trial: Trial, count: int) -> list[Point]:
+    seeds = track(range(count), "trying random choices")
+    return [trial.point(str(seed), random_bits(trial, seed)) for seed in seeds]
+
+
+def _compare(measured: Table, estimated: Table) -> dict[str, float]:
+    """Return the rank correlation over the layers, by format that was run."""
+    keys = dict.fromkeys(key for row in measured.rows for key in row.measured)
+    found = {}
+    for key in keys:
+        kind = "weight" if key[0] == "w" else "input"
+        pairs = [
+            (getattr(one, kind)[key[2:]], getattr(other, kind)[key[2:]])
+            for one, other in zip(measured.rows, estimated.rows, strict=True)
+            if key in one.measured
+        ]
+        if len(pairs) > 2:
+            found[key] = correlation([a for a, _ in pairs], [b for _, b in pairs])
+    return found
