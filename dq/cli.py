@@ -205,13 +205,16 @@ def sensitivity(
     ] = "int2,int3,int4,int5,int6,int8",
     inputs: Annotated[str, typer.Option(help="input formats that compete; none: ''")] = "int8",
     run_weights: Annotated[
-        str, typer.Option(help="weight formats that are run; the others follow by squared error")
+        str, typer.Option(help="weight formats that are measured; the others are estimated")
     ] = "int4",
-    run_inputs: Annotated[str, typer.Option(help="input formats that are run")] = "int8",
+    run_inputs: Annotated[str, typer.Option(help="input formats that are measured")] = "int8",
     batches: Annotated[int, typer.Option(help="batches of images to measure on")] = 1,
     calls: Annotated[int, typer.Option(help="steps of each, spread over the trajectory")] = 4,
+    share: Annotated[
+        float, typer.Option(help="share of the layers, the most fragile ones, that are measured")
+    ] = 0.25,
     fast: Annotated[
-        bool, typer.Option("--fast", help="estimate from gradients, one pass a call")
+        bool, typer.Option("--fast", help="measure none: all are estimated from gradients")
     ] = False,
     no_prefix: Annotated[
         bool, typer.Option("--no-prefix", help="run the whole model each time, to compare times")
@@ -239,7 +242,7 @@ def sensitivity(
 
     method = MixDQ(weights=_words(weights), inputs=_words(inputs), float_share=float_share)
     runs = _words(run_weights), _words(run_inputs)
-    settings = Settings(*runs, batches, calls, fast, prefix=not no_prefix)
+    settings = Settings(*runs, 0.0 if fast else share, batches, calls, prefix=not no_prefix)
     spec = _calibration(prompts, images, steps, seed)
     asked = Asked(method, settings, tuple(_numbers(bits)), check)
     report = run(model, output, asked, spec, _dtype(dtype), device, overwrite)

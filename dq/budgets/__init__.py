@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from dq.pipelines.draw import PipelineSource
 from dq.pipelines.pipeline import DQPipeline
 from dq.progress import track
 from dq.recipe import Recipe
-from dq.sensitivity.gradient import estimate
 from dq.sensitivity.survey import Settings, find, prepare, sample
 from dq.sensitivity.table import Table
 
@@ -87,20 +87,20 @@ def run(
         if not state.is_main_process:
             return None
         after = sample(job.calibration, asked.settings, first=asked.settings.batches)
-    compared = {} if asked.settings.fast else _compare(table, estimate(probe))
     trial = Trial(table, probe, after or probe.calls)
     report = Report(
         table,
         tuple(front(trial, asked.bits, asked.method.float_share)),
         tuple(_uniform(trial)),
         tuple(_random(trial, asked.random)),
-        compared,
+        _compare(table),
         seconds,
         folder,
     )
     with new_folder(folder, overwrite) as new:
         (new / "sensitivity.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-        write_page(report, new, model, _widths(trial))
+        keys = [*(f"w:{name}" for name in probe.weights), *(f"a:{name}" for name in probe.inputs)]
+        write_page(report, new, model, _widths(trial), keys)
     return report
 
 
@@ -126,17 +126,15 @@ def _random(trial: Trial, count: int) -> list[Point]:
     return [trial.point(str(seed), random_bits(trial, seed)) for seed in seeds]
 
 
-def _compare(measured: Table, estimated: Table) -> dict[str, float]:
-    """Return the rank correlation over the layers, by format that was run."""
-    keys = dict.fromkeys(key for row in measured.rows for key in row.measured)
-    found = {}
-    for key in keys:
-        kind = "weight" if key[0] == "w" else "input"
-        pairs = [
-            (getattr(one, kind)[key[2:]], getattr(other, kind)[key[2:]])
-            for one, other in zip(measured.rows, estimated.rows, strict=True)
-            if key in one.measured
-        ]
-        if len(pairs) > 2:
-            found[key] = correlation([a for a, _ in pairs], [b for _, b in pairs])
-    return found
+def _compare(table: Table) -> dict[str, float]:
+    """Return the rank correlation of estimated and measured noise, by format that was run."""
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in table.rows:
+        for key, guess in zip(row.measured, row.estimated, strict=True):
+            noise = row.weight if key[0] == "w" else row.input
+            pairs[key].append((noise[key[2:]], guess))
+    return {
+        key: correlation([a for a, _ in both], [b for _, b in both])
+        for key, both in pairs.items()
+        if len(both) > 2
+    }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dq.budgets.plots import bit_map, fronts, layers
@@ -14,7 +13,9 @@ from dq.sensitivity.table import decibels
 __all__ = ["write_page"]
 
 
-def write_page(report: Report, folder: Path, model: str, bits: Mapping[str, int]) -> None:
+def write_page(
+    report: Report, folder: Path, model: str, bits: Mapping[str, int], keys: Sequence[str]
+) -> None:
     """Write `report.html`.
 
     Args:
@@ -22,6 +23,7 @@ def write_page(report: Report, folder: Path, model: str, bits: Mapping[str, int]
         folder: Where to write.
         model: What for, in words.
         bits: Width of each weight format.
+        keys: What to draw, as "w:FORMAT" and "a:FORMAT".
     """
     page = Page(f"dq sensitivity: {model}")
     for line in report.words():
@@ -32,7 +34,7 @@ def write_page(report: Report, folder: Path, model: str, bits: Mapping[str, int]
         "long bars are fragile. Layers stand in the order in which they run."
     )
     rows = report.table.rows
-    for key in statistics.mode(row.measured for row in rows):
+    for key in keys:
         kind = "weight" if key[0] == "w" else "input"
         page.image(layers(report.table, kind, key[2:]), f"{kind} {key[2:]} by layer")
     page.heading("The 20 most fragile layers")

@@ -54,11 +54,11 @@ class MixDQ(Method):
         quality: Weights of the quality group's noise to try.
         held_out: Images by which the best of several plans is chosen; 0 takes the first.
         forced: "pattern=weight|input", e.g. "conv_out=int8|*": layers whose choice is limited.
-        run_weights: Weight formats to measure; the others follow by squared error.
+        run_weights: Weight formats to measure; see `dq.sensitivity.survey.Settings`.
         run_inputs: Input formats to measure.
+        share: Of the layers that are measured, those with the most noise by the estimate.
         batches: Batches of the calibration's images to measure on.
         steps: Steps of each.
-        fast: Estimate sensitivity from gradients.
         content: "ssim" scores the content group by finished images, for `objective="paper"`.
         max_time: The layers may take this share of their time in full precision, as measured on
             this machine; 0 for no limit.
@@ -76,9 +76,9 @@ class MixDQ(Method):
     forced: tuple[str, ...] = ()
     run_weights: tuple[str, ...] = ("int4",)
     run_inputs: tuple[str, ...] = ("int8",)
+    share: float = 0.25
     batches: int = 1
     steps: int = 4
-    fast: bool = False
     content: str = "noise"
     max_time: float = 0.0
 
@@ -93,6 +93,7 @@ class MixDQ(Method):
             )
         if not self.quality or min(self.quality) <= 0:
             raise DQError(f"quality lists weights above 0, not {self.quality}")
+        self._settings()  # has something to say about its own
         for entry in self.forced:
             if entry.count("=") != 1 or entry.count("|") != 1:
                 raise DQError(f"forced takes 'pattern=weight|input', not {entry!r}")
@@ -126,7 +127,7 @@ class MixDQ(Method):
 
     def _settings(self) -> Settings:
         return Settings(
-            self.run_weights, self.run_inputs, self.batches, self.steps, self.fast, self.content
+            self.run_weights, self.run_inputs, self.share, self.batches, self.steps, self.content
         )
 
     def _limits(self, job: Job, candidates: Candidates) -> Limits:

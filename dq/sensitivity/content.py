@@ -29,8 +29,8 @@ def with_content(
 ) -> Table:
     """Return the table with the SSIM of images for each format of each content layer.
 
-    Images are drawn with one tensor of one layer quantized, in the formats that the table has run;
-    for the others, one minus SSIM follows the noise.
+    Images are drawn with one tensor of one layer quantized, in the formats that the probe runs; for
+    the others, one minus SSIM follows the noise.
 
     Args:
         table: As measured.
@@ -59,7 +59,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     scores = {}
     before = probe.layer(row.name)
-    for key in row.measured:
+    for key in probe.runs(row.name):
         replace(probe.model, row.name, probe.variant(row.name, key))
         try:
             images = source.images(spec, 0)

@@ -20,9 +20,9 @@ from dq.sensitivity.table import Row, Table
 from dq.sensitivity.trace import Trace
 from dq.sensitivity.variants import input_alone, weight_alone
 
-__all__ = ["Probe", "as_float32", "fill", "tabulate"]
+__all__ = ["Noise", "Probe", "as_float32", "fill", "tabulate"]
 
-Found = Mapping[str, float]  # by "w:FORMAT" and "a:FORMAT"
+Noise = dict[str, float]  # by "w:FORMAT" and "a:FORMAT"
 
 
 @dataclass(frozen=True)
@@ -122,22 +122,23 @@ def as_float32(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def fill(noise: Found, errors: Found) -> dict[str, float]:
-    """Return the noise of all formats, from that of some and the squared errors of all.
+def fill(measured: Noise, estimated: Noise) -> Noise:
+    """Return the noise of all formats, from that of some and estimates of all.
 
-    Noise is proportional to squared error; each format follows the one that is nearest to it.
+    What was measured is taken as it is; other formats keep their estimated ratio to the measured
+    one that is nearest.
 
     Args:
-        noise: By format, of those that were run; at least one.
-        errors: By format, of all; in their order.
+        measured: By format; may be empty.
+        estimated: By format, of all; in their order.
     """
     filled = {}
-    for name, error in errors.items():
-        if name in noise:
-            filled[name] = noise[name]
+    for name, value in estimated.items():
+        if name in measured or not measured:
+            filled[name] = measured.get(name, value)
             continue
-        near = min(noise, key=lambda other: _apart(errors[other], error))
-        filled[name] = noise[near] * error / errors[near] if errors[near] else noise[near]
+        near = min(measured, key=lambda other: _apart(estimated[other], value))
+        filled[name] = measured[near] * (value / estimated[near] if estimated[near] else 1.0)
     return filled
 
 
@@ -147,33 +148,34 @@ def _apart(one: float, other: float) -> float:
 
 
 def tabulate(
-    probe: Probe, seen: Trace, found: Mapping[str, tuple[Found, Found]], method: str
+    probe: Probe, seen: Trace, estimated: Mapping[str, Noise], measured: Mapping[str, Noise]
 ) -> Table:
     """Make the table.
 
     Args:
         probe: What was asked for.
         seen: One call of the model.
-        found: (noise of what was run, errors of all formats) by layer.
-        method: How, in words.
+        estimated: Noise by layer and format, of all.
+        measured: The same of what was run.
     """
     rows = []
-    for name, (noise, errors) in found.items():
-        keys = probe.keys(name)
-        of = {
-            kind: fill(_only(noise, kind), {k[2:]: errors[k] for k in keys if k[0] == kind})
-            for kind in "wa"
-        }
-        role = str(probe.candidates.roles[name])
-        shape, macs = probe.candidates.shapes[name], seen.macs[name]
-        entry, ran = seen.inputs[name], tuple(key for key in keys if key in noise)
-        rows.append(Row(name, role, shape, entry, macs, of["w"], of["a"], ran))
-    sharing = [[n for n in names if n in found] for names in seen.sharing]
+    for name, guess in estimated.items():
+        ran = measured.get(name, {})
+        of = {kind: fill(_only(ran, kind), _only(guess, kind)) for kind in "wa"}
+        role, shape = str(probe.candidates.roles[name]), probe.candidates.shapes[name]
+        keys = tuple(key for key in probe.keys(name) if key in ran)
+        rows.append(
+            Row(
+                name, role, shape, seen.inputs[name], seen.macs[name], of["w"], of["a"], keys,
+                tuple(guess[key] for key in keys),
+            )
+        )  # fmt: skip
+    sharing = [[n for n in names if n in estimated] for names in seen.sharing]
     first: Any = next(v for v in probe.calls[0].values() if isinstance(v, Tensor) and v.dim() > 1)
-    facts = {"method": method, "calls": len(probe.calls), "rows of a call": len(first)}
+    facts = {"calls": len(probe.calls), "rows of a call": len(first), "measured": len(measured)}
     groups = tuple(tuple(group) for group in sharing if len(group) > 1)
     return Table(probe.candidates.model, tuple(rows), groups, facts)
 
 
-def _only(values: Found, kind: str) -> dict[str, float]:
+def _only(values: Noise, kind: str) -> Noise:
     return {key[2:]: value for key, value in values.items() if key[0] == kind}

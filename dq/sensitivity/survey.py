@@ -17,8 +17,9 @@ from dq.sensitivity.candidates import Candidates
 from dq.sensitivity.content import with_content
 from dq.sensitivity.gradient import estimate
 from dq.sensitivity.measure import measure
-from dq.sensitivity.probe import Probe
+from dq.sensitivity.probe import Noise, Probe, as_float32, tabulate
 from dq.sensitivity.table import Table
+from dq.sensitivity.trace import trace
 from dq.work import Work, fingerprint
 
 __all__ = ["Settings", "Survey", "find", "prepare", "sample", "survey"]
@@ -31,11 +32,12 @@ class Settings:
     """What a table is found on.
 
     Args:
-        weights: Weight formats to run; the others follow by squared error.
+        weights: Weight formats to run; the others keep their estimated ratio to these.
         inputs: Input formats to run.
+        share: Of the layers, those with the most noise by the estimate, that are run one by one; 0
+            leaves the estimate as it is.
         batches: Batches of the calibration's images.
         steps: Denoising steps of each, spread over the trajectory.
-        fast: Estimate from gradients instead of running anything layer by layer.
         content: What the content group is scored by beside noise: "noise" for nothing else, or
             "ssim" of finished images, as in the paper.
         prefix: Whether what comes before a layer is remembered; False to compare times.
@@ -43,9 +45,9 @@ class Settings:
 
     weights: tuple[str, ...] = ("int4",)
     inputs: tuple[str, ...] = ("int8",)
+    share: float = 0.25
     batches: int = 1
     steps: int = 4
-    fast: bool = False
     content: str = "noise"
     prefix: bool = True
 
@@ -53,6 +55,8 @@ class Settings:
         for name in ("batches", "steps"):
             if getattr(self, name) < 1:
                 raise DQError(f"a sensitivity needs {name} of 1 or more")
+        if not 0 <= self.share <= 1:
+            raise DQError(f"share is a part of the layers, 0 to 1, not {self.share}")
         if self.content not in ("noise", "ssim"):
             raise unknown("content score", self.content, ("noise", "ssim"))
 
@@ -103,16 +107,14 @@ def prepare(calibration: Calibration, candidates: Candidates, settings: Settings
 
 
 def find(calibration: Calibration, probe: Probe, settings: Settings) -> Table:
-    """Measure or estimate.
+    """Estimate the noise of all formats from gradients, and measure the most fragile layers.
 
-    Measured tables are kept in the user's cache, under a fingerprint of model, prompts and
-    settings, layer by layer: an interrupted measurement continues, and another budget needs no
-    other table.
+    What is found is kept in the user's cache, under a fingerprint of model, prompts and settings,
+    call by call and layer by layer: an interrupted measurement continues, and another budget needs
+    no other table.
     """
     source, spec = calibration.source, calibration.spec
     assert source is not None  # it has given the calls
-    if settings.fast:
-        return estimate(probe)
     key = {
         "version": _VERSION,
         "settings": dataclasses.asdict(settings),
@@ -120,10 +122,21 @@ def find(calibration: Calibration, probe: Probe, settings: Settings) -> Table:
         "source": dict(source.identity(spec)),
     }
     work = Work(cache_folder() / "sensitivity" / fingerprint(calibration.model, key))
-    table = measure(probe, work)
+    with as_float32(probe.model):
+        seen = trace(probe.model, probe.calls[0])
+        layers = [name for name in seen.order if name in probe.candidates.shapes]
+        estimated = estimate(probe, layers, work)
+        count = round(settings.share * len(layers))
+        worst = set(sorted(layers, key=lambda name: -_fragility(probe, name, estimated))[:count])
+        measured = measure(probe, [name for name in layers if name in worst], seen, work)
+    table = tabulate(probe, seen, estimated, measured)
     if settings.content == "ssim":
         table = with_content(table, probe, source, spec, work)
     return table
+
+
+def _fragility(probe: Probe, name: str, estimated: Mapping[str, Noise]) -> float:
+    return sum(estimated[name][key] for key in probe.runs(name))
 
 
 def sample(calibration: Calibration, settings: Settings, first: int = 0) -> list[Call]:

@@ -1,4 +1,4 @@
-"""What quantizing each layer does to the output of the model: the measured table."""
+"""What quantizing each layer does to the output of the model: the table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Row:
         weight: Relative noise power at the model's output, `sum (y' - y)^2 / sum y^2`, when only
             the weight is quantized, by format.
         input: The same when only the input is.
-        measured: Names of the formats that were run; the others follow from them by squared error.
+        measured: What was run, as "w:FORMAT" and "a:FORMAT"; everything else is estimated.
+        estimated: What had been estimated for these.
         content: Optional, SSIM of decoded images in place of both, as `w:FORMAT` and `a:FORMAT`.
         seconds: Optional, time of the layer by "weight|input".
     """
@@ -60,6 +61,7 @@ class Row:
     weight: Mapping[str, float]
     input: Mapping[str, float]
     measured: tuple[str, ...] = ()
+    estimated: tuple[float, ...] = ()
     content: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -98,7 +100,7 @@ class Table:
         return sum(row.noise(*choice[row.name]) for row in self.rows if row.name in choice)
 
     def fragile(self, count: int = 20) -> list[Row]:
-        """Return the layers with the most noise at the shortest format that was run."""
+        """Return the layers with the most noise, each in its worst format."""
         return sorted(self.rows, key=lambda row: -sum(_worst(row)))[:count]
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +110,7 @@ class Table:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Invert `to_dict`."""
-        lists = ("shape", "entry", "measured")
+        lists = ("shape", "entry", "measured", "estimated")
         rows = [Row(**{**row, **{k: tuple(row[k]) for k in lists}}) for row in values["rows"]]
         sharing = tuple(tuple(group) for group in values["sharing"])
         return cls(values["model"], tuple(rows), sharing, values["facts"])
