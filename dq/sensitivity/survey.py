@@ -22,7 +22,7 @@ from dq.sensitivity.table import Table
 from dq.sensitivity.trace import trace
 from dq.work import Work, fingerprint
 
-__all__ = ["Settings", "Survey", "find", "prepare", "sample", "survey"]
+__all__ = ["Settings", "Survey", "fill_table", "find", "prepare", "sample", "survey"]
 
 _VERSION = 1  # of what is measured; tables of another one are measured anew
 
@@ -122,17 +122,28 @@ def find(calibration: Calibration, probe: Probe, settings: Settings) -> Table:
         "source": dict(source.identity(spec)),
     }
     work = Work(cache_folder() / "sensitivity" / fingerprint(calibration.model, key))
+    table = fill_table(probe, settings.share, work)
+    if settings.content == "ssim":
+        table = with_content(table, probe, source, spec, work)
+    return table
+
+
+def fill_table(probe: Probe, share: float, work: Work) -> Table:
+    """Estimate all layers and measure a share of them.
+
+    Args:
+        probe: What, and on what.
+        share: Of the layers, those with the most noise by the estimate.
+        work: Where finished stages are kept.
+    """
     with as_float32(probe.model):
         seen = trace(probe.model, probe.calls[0])
         layers = [name for name in seen.order if name in probe.candidates.shapes]
         estimated = estimate(probe, layers, work)
-        count = round(settings.share * len(layers))
-        worst = set(sorted(layers, key=lambda name: -_fragility(probe, name, estimated))[:count])
+        order = sorted(layers, key=lambda name: -_fragility(probe, name, estimated))
+        worst = order[: round(share * len(layers))]
         measured = measure(probe, [name for name in layers if name in worst], seen, work)
-    table = tabulate(probe, seen, estimated, measured)
-    if settings.content == "ssim":
-        table = with_content(table, probe, source, spec, work)
-    return table
+    return tabulate(probe, seen, estimated, measured)
 
 
 def _fragility(probe: Probe, name: str, estimated: Mapping[str, Noise]) -> float:
