@@ -216,6 +216,9 @@ def sensitivity(
     fast: Annotated[
         bool, typer.Option("--fast", help="measure none: all are estimated from gradients")
     ] = False,
+    ssim: Annotated[
+        bool, typer.Option("--ssim", help="score feed-forward and cross-attention by images too")
+    ] = False,
     no_prefix: Annotated[
         bool, typer.Option("--no-prefix", help="run the whole model each time, to compare times")
     ] = False,
@@ -242,7 +245,8 @@ def sensitivity(
 
     method = MixDQ(weights=_words(weights), inputs=_words(inputs), float_share=float_share)
     runs = _words(run_weights), _words(run_inputs)
-    settings = Settings(*runs, 0.0 if fast else share, batches, calls, prefix=not no_prefix)
+    part, content = 0.0 if fast else share, "ssim" if ssim else "noise"
+    settings = Settings(*runs, part, batches, calls, content, prefix=not no_prefix)
     spec = _calibration(prompts, images, steps, seed)
     asked = Asked(method, settings, tuple(_numbers(bits)), check)
     report = run(model, output, asked, spec, _dtype(dtype), device, overwrite)

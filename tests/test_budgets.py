@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from dq.budgets.plots import bit_map, fronts, layers
+from dq.budgets.plots import layers
 from dq.cli import app
 from dq.errors import DQError
 from dq.sensitivity.table import Table
@@ -77,4 +80,18 @@ def test_an_output_that_exists_is_not_replaced(made) -> None:
     result = CliRunner().invoke(app, ["sensitivity", "emoji-unet", "-o", str(made[0])])
     assert isinstance(result.exception, DQError)
     assert "exists already" in str(result.exception)
-    assert [bit_map, fronts]  # drawn above, by the command
+
+
+@pytest.mark.slow
+def test_accelerate_launch_finds_the_same(tmp_path: Path, model_folders) -> None:
+    words = ["sensitivity", str(model_folders("sd32")), "--images", "4", "--steps", "2"]
+    words += ["--calls", "2", "--bits", "4", "--dtype", "float32", "--share", "0.6"]
+    start = [sys.executable, "-P", "-m"]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    tables = []
+    for name, before in (("one", []), ("two", launch)):
+        cache = {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / f"cache-{name}")}
+        command = [*start, *before, "dq", *words, "-o", str(tmp_path / name)]
+        subprocess.run(command, check=True, env={**os.environ, **cache})
+        tables.append(Table.load(tmp_path / name / "sensitivity.json"))
+    assert tables[0] == tables[1]

@@ -9,7 +9,7 @@ computed when the gradient arrives there: one product a format, and nothing is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from dq.work import Work
 __all__ = ["estimate"]
 
 _POWER = "power"
+_KEPT = 1 << 28  # quantized weights at most that are kept, of all layers in all formats: 1 GB
 
 
 def estimate(probe: Probe, layers: list[str], work: Work, repeats: int = 4) -> dict[str, Noise]:
@@ -59,13 +60,13 @@ class _Estimate:
     def __init__(self, probe: Probe, layers: list[str]) -> None:
         self.probe = probe
         self.layers = layers
-        self.variants: Mapping[str, Mapping[str, nn.Module]] = {}
         self.sums: dict[str, float] = {}
+        weights = sum(probe.layer(n).weight.numel() * len(probe.keys(n)) for n in layers)
+        self._keeps = weights <= _KEPT
+        self._variants: dict[tuple[str, str], nn.Module] = {}
 
     def run(self, index: int, repeats: int) -> dict[str, Tensor]:
         """Run one call forward and backward, some times."""
-        if not self.variants:  # not before they are needed: all may be known
-            self.variants = {name: self.probe.variants(name) for name in self.layers}
         self.sums = {f"{n}|{key}": 0.0 for n in self.layers for key in self.probe.keys(n)}
         self.sums[_POWER] = 0.0
         generator = torch.Generator().manual_seed(index)
@@ -101,9 +102,19 @@ class _Estimate:
 
     @torch.no_grad()
     def _meet(self, name: str, x: Tensor, y: Tensor, gradient: Tensor) -> None:
-        for key, variant in self.variants[name].items():
-            samples = ((variant(x) - y) * gradient).flatten(1).sum(1, dtype=torch.float64)
+        for key in self.probe.keys(name):
+            change = self._variant(name, key)(x) - y
+            samples = (change * gradient).flatten(1).sum(1, dtype=torch.float64)
             self.sums[f"{name}|{key}"] += float(samples.square().sum())
+
+    def _variant(self, name: str, key: str) -> nn.Module:
+        """Return a layer with one tensor quantized, kept only for models that are small."""
+        found = self._variants.get((name, key))
+        if found is None:
+            found = self.probe.variant(name, key)
+            if self._keeps:
+                self._variants[name, key] = found
+        return found
 
 
 @contextmanager

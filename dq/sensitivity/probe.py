@@ -66,10 +66,6 @@ class Probe:
         weights = (f"w:{name}" for name in self.run_weights(layer))
         return (*weights, *(f"a:{name}" for name in self.inputs))
 
-    def variants(self, layer: str) -> dict[str, QuantLinear | QuantConv2d]:
-        """Return a layer with one tensor quantized, for all formats, named as in `runs`."""
-        return {key: self.variant(layer, key) for key in self.keys(layer)}
-
     def keys(self, layer: str) -> list[str]:
         """Return all formats of a layer, named as in `runs`."""
         weights = (f"w:{weight}" for weight in self.candidates.weights[layer])

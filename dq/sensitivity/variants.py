@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from dq.calibrate import InputRange
 from dq.nn.layers import Layer
-from dq.nn.simulated import QuantConv2d, QuantLayer, QuantLinear, simulate
+from dq.nn.simulated import QuantConv2d, QuantLinear, simulate
 from dq.plan import LayerSpec
 from dq.scales import Scales
 
-__all__ = ["input_alone", "input_error", "weight_alone"]
+__all__ = ["input_alone", "weight_alone"]
 
 
 class _Fixed(nn.Module):
@@ -56,17 +56,3 @@ def input_alone(
         made.set_input(*found)
     made.weight_quantizer = nn.Identity()  # type: ignore[assignment]
     return made
-
-
-def input_error(layer: QuantLayer, x: Tensor) -> Tensor:
-    """Return by how much an input changes when it is quantized; kept tokens do not change.
-
-    Args:
-        layer: Made by `input_alone`.
-        x: An input of it.
-    """
-    operand, _ = layer._operands(x)
-    error = operand - x
-    if layer.spec.kept_every:
-        error[..., :: layer.spec.kept_every, :] = 0
-    return error

@@ -11,8 +11,8 @@ import torch
 from scipy.stats import spearmanr
 
 from dq.errors import DQError
+from dq.sensitivity import gradient, shares
 from dq.sensitivity import measure as measuring_module
-from dq.sensitivity import shares
 from dq.sensitivity.heldout import output_noise, simulated
 from dq.sensitivity.probe import Probe, fill
 from dq.sensitivity.shares import shared
@@ -172,6 +172,13 @@ def test_what_is_estimated_is_near_what_is_measured(tables, name: str) -> None:
         assert spearmanr(*zip(*pairs, strict=True)).statistic > 0.9
         apart = sorted(decibels(b) - decibels(a) for a, b in pairs)
         assert abs(apart[len(apart) // 2]) < 1.5  # no bias: 16 samples leave a spread of 1.5 dB
+
+
+def test_estimates_of_large_models_keep_no_weights(tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, _ = tables["dit64"]
+    kept = fill_table(one, 0.0, Work(None))
+    monkeypatch.setattr(gradient, "_KEPT", 0)
+    assert fill_table(one, 0.0, Work(None)).rows == kept.rows
 
 
 def test_the_most_fragile_layers_are_measured(tables) -> None:
