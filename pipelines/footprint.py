@@ -108,7 +108,7 @@ def footprint(model: nn.Module) -> Footprint:
             LayerReport(
                 name,
                 str(spec.weight),
-                str(spec.input or "float"),
+                f"{spec.input or 'float'}{', 1 token kept' if spec.kept_every else ''}",
                 layer.path(),
                 rows * columns,
                 spec.bytes(rows, columns),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dq.allocation import Budget, Option, Problem, solve
@@ -153,16 +153,18 @@ def _problem(
         return [*itertools.product(candidates.weights[row.name], inputs), (FLOAT, FLOAT)]
 
     layers = {row.name: tuple(option(row, *pair) for pair in names(row)) for row in rows}
-    return Problem(_forced(layers, limits.forced), tuple(budgets), tuple(sharing))
+    return Problem(
+        _forced(layers, limits.forced, candidates.shapes), tuple(budgets), tuple(sharing)
+    )
 
 
 def _forced(
-    layers: Mapping[str, tuple[Option, ...]], forced: Mapping[str, str]
+    layers: Mapping[str, tuple[Option, ...]], forced: Mapping[str, str], names: Iterable[str]
 ) -> dict[str, tuple[Option, ...]]:
-    """Leave the options that the patterns allow."""
+    """Leave the options that the patterns allow; these may be about layers of the other group."""
     left = dict(layers)
     for pattern, wanted in forced.items():
-        for name in match(pattern, layers):
+        for name in layers.keys() & set(match(pattern, names)):
             left[name] = tuple(o for o in left[name] if fnmatch.fnmatchcase(o.name, wanted))
             if not left[name]:
                 raise unknown(f"option of {name}", wanted, [o.name for o in layers[name]])

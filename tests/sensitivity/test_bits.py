@@ -115,6 +115,9 @@ def test_the_papers_objective_gives_a_choice_a_split(found) -> None:
     choices = allocate_paper(table, one.candidates, Limits(limit, 0.0))
     assert len(choices) > 3
     assert all(taken(one.candidates, choice) <= limit for choice in choices)
+    only_one_group = Limits(limit, 0.0, forced={"*.attn1.*": "int8|*"})
+    for choice in allocate_paper(table, one.candidates, only_one_group):
+        assert {pair[0] for name, pair in choice.items() if ".attn1." in name} == {"int8"}
     ours = table.noise(allocate(table, one.candidates, Limits(limit, 0.0)))
     assert all(ours <= table.noise(choice) for choice in choices)
     with pytest.raises(DQError, match="is possible"):
