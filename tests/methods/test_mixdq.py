@@ -41,7 +41,7 @@ def recipe(**settings) -> Recipe:
     return Recipe("test", (dataclasses.replace(QUICK, **settings),), SHORT)
 
 
-@pytest.mark.parametrize("name", ["sd32", "sdxl", "dit64", "pixart64", "flux"])
+@pytest.mark.parametrize("name", ["sd32", "sdxl", "dit64", "flux"])
 def test_it_takes_no_more_bytes_than_the_uniform_recipe(model_folders, name: str) -> None:
     mixed = DQPipeline.from_pretrained(model_folders(name), recipe())
     uniform = Recipe("uniform", (PTQ(4, 8), BOS()), SHORT)
