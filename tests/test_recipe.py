@@ -13,7 +13,7 @@ from dq.recipe import Recipe, templates
 STEPS = {"steps": [{"method": "ptq"}]}
 
 
-@pytest.mark.parametrize("name", [name for name in templates.names() if name != "wXaY"])
+@pytest.mark.parametrize("name", [name for name in templates.names() if "X" not in name])
 def test_every_name_that_is_listed_is_a_recipe(name: str) -> None:
     recipe = Recipe.get(name)
     assert recipe.name == name
@@ -21,7 +21,7 @@ def test_every_name_that_is_listed_is_a_recipe(name: str) -> None:
     assert templates[name].help
 
 
-@pytest.mark.parametrize("name", [name for name in templates.names() if name != "wXaY"])
+@pytest.mark.parametrize("name", [name for name in templates.names() if "X" not in name])
 def test_recipes_survive_json_and_yaml(name: str, tmp_path: Path) -> None:
     recipe = Recipe.get(name)
     text = json.dumps(recipe.to_dict())

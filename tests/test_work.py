@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_kill_while_writing_leaves_the_stage_unfinished(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         work.save("s", {"a": Killed()})
     assert work.load("s") is None
-    (tmp_path / "s.tmp").write_bytes(b"half a file")
+    (tmp_path / f"s.{os.getpid()}.tmp").write_bytes(b"half a file")
     assert work.load("s") is None
     work.save("s", {"a": torch.ones(1)})
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
