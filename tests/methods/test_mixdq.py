@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dq import DQPipeline
-from dq.calibrate import CalibrationSpec, NeedsData
+from dq.calibrate import Calibration, CalibrationSpec, NeedsData
 from dq.engine import decide, quantize
 from dq.errors import DQError
 from dq.family import Role, family_of
@@ -20,6 +20,7 @@ from dq.methods.bos import BOS
 from dq.methods.mixdq import MixDQ
 from dq.methods.ptq import PTQ
 from dq.nn import QuantLayer, matrix_shape, packed_layers
+from dq.pipelines.draw import PipelineSource
 from dq.recipe import Recipe
 from tests.models import MODELS
 from tests.packed import FOLDERS
@@ -202,13 +203,12 @@ def test_an_impossible_budget_leaves_the_model_as_it_was(model_folders) -> None:
 @torch.no_grad()
 def test_it_is_clearly_ahead_of_uniform_bits(name: str) -> None:
     """At equal bytes and with the same quantizers, by 2 dB of the denoiser's output and more."""
-    calls = None
+    full = DQPipeline.from_pretrained(FOLDERS[name])
+    source = PipelineSource(full)
+    spec = source.held_out(CalibrationSpec(steps=4), 8)
+    (calls,) = Calibration(full.denoiser, source, spec).batches()
     reached = []
     for asked in ("w4a8", "mixdq-w4a8"):
-        full = DQPipeline.from_pretrained(FOLDERS[name])
-        family = family_of(full.denoiser)
-        generator = torch.Generator().manual_seed(0)
-        calls = calls or [family.sample_inputs(full.denoiser, 8, generator) for _ in range(2)]
         pipe = DQPipeline.from_pretrained(FOLDERS[name], asked)
         noise = power = 0.0
         for call in calls:
