@@ -15,6 +15,7 @@ from dq.integration import DQQuantizer
 from dq.kernels.measured import table
 from dq.pipelines.footprint import Footprint, footprint
 from dq.pipelines.pipeline import load_denoiser, resolve
+from dq.tables import aligned
 
 __all__ = ["Inspection", "inspect_folder"]
 
@@ -86,8 +87,7 @@ def _table(count: Footprint) -> list[str]:
     rows = [("layers", "weights", "weight", "input", "computes as")]
     for (weight, source, path), sizes in groups.items():
         rows.append((str(len(sizes)), f"{sum(sizes) / 1e6:.2f} M", weight, source, path))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+    return aligned(rows)
 
 
 def inspect_folder(

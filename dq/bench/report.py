@@ -17,6 +17,7 @@ import torch
 
 import dq
 from dq.bench.profile import Operator
+from dq.tables import aligned
 
 __all__ = ["Machine", "Measurement", "Report"]
 
@@ -162,10 +163,7 @@ _HEAD = ("ms", "±", "x bf16", "cpu ms", "x bf16", "error", "stored MB", "in mem
 
 def _table(model: str, measured: Mapping[str, Measurement]) -> Iterator[str]:
     rows = [(model, *_HEAD), *((name, *_cells(entry)) for name, entry in measured.items())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *cells in rows:
-        rest = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        yield "  ".join([name.ljust(widths[0]), *rest])
+    yield from aligned(rows, right=True)
     for name, entry in measured.items():
         yield f"  {name}: {entry.note}"
     slower = [name for name, entry in measured.items() if entry.is_slower()]

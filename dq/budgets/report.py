@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 
 from dq.budgets.front import Point
 from dq.sensitivity.table import Row, Table, decibels
+from dq.tables import aligned, cells
 
 __all__ = ["Report", "correlation"]
 
@@ -95,8 +96,8 @@ class Report:
         }
 
     def __str__(self) -> str:
-        parts = [_aligned(self.fragile()), _aligned(self.sizes()), self.words()]
-        text = "\n\n".join("\n".join(lines) for lines in parts if lines)
+        parts = [aligned(cells(self.fragile())), aligned(cells(self.sizes())), self.words()]
+        text = "\n\n".join("\n".join(map(str.rstrip, lines)) for lines in parts if lines)
         return f"{text}\nlook at {self.folder}/report.html"
 
 
@@ -106,12 +107,3 @@ def _line(row: Row) -> dict[str, object]:
         for name, value in noise.items():
             line[f"{kind} {name}"] = f"{decibels(value):.1f}"
     return line
-
-
-def _aligned(rows: list[dict[str, object]]) -> list[str]:
-    if not rows:
-        return []
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    table = [heads, *([str(row.get(key, "")) for key in heads] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in table]

@@ -10,6 +10,7 @@ from typing import Any
 
 from dq.eval.gate import Gate
 from dq.eval.score import Scores
+from dq.tables import aligned, cells
 
 __all__ = ["FULL", "Candidate", "Report", "number"]
 
@@ -123,19 +124,13 @@ class Report:
                 row[name] = value if spread is None else f"{value} ± {spread:.2g}"
 
     def __str__(self) -> str:
-        lines = _lines_of(self.rows())
+        lines = aligned(cells(self.rows()))
         if self.reference_rows():
-            lines += ["", *_lines_of(self.reference_rows())]
+            lines += ["", *aligned(cells(self.reference_rows()))]
         lines += ["", ", ".join(f"{k} {v}" for k, v in self.facts.items() if k != "warning")]
         if "warning" in self.facts:
             lines.append(f"warning: {self.facts['warning']}")
         return "\n".join([*lines, f"look at {self.folder}/report.html"])
-
-
-def _lines_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    table = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in table]
 
 
 def number(value: float | None) -> str:
