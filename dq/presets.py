@@ -8,11 +8,19 @@ from dq.errors import DQError, unknown
 from dq.formats import IntFormat, formats
 from dq.spec import Granularity, TensorSpec
 
-__all__ = ["FLOAT", "input_preset", "input_spec", "weight_preset", "weight_spec"]
+__all__ = [
+    "FLOAT",
+    "GROUP",
+    "WIDEST_GROUPED",
+    "input_preset",
+    "input_spec",
+    "weight_preset",
+    "weight_spec",
+]
 
 FLOAT = "float"  # the name of a tensor that is not quantized
-_GROUP = 32  # weights that share a scale where no other number is asked for
-_WIDEST_GROUPED = 4  # integer codes leave room for a multiplier up to here
+GROUP = 32  # weights that share a scale where no other number is asked for
+WIDEST_GROUPED = 4  # integer codes leave room for a multiplier up to here
 _NAME = re.compile(r"(?P<format>\w+?)(-g(?P<group>\d+))?")
 
 
@@ -47,7 +55,7 @@ def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
     if found is None or found["format"] not in formats.names():
         raise unknown("weight format", name, formats.names())
     grid = formats[found["format"]]
-    group = _GROUP if grid.bits <= _WIDEST_GROUPED else 0
+    group = GROUP if grid.bits <= WIDEST_GROUPED else 0
     if found["group"] is not None:
         group = int(found["group"])
     if not isinstance(grid, IntFormat):
@@ -55,7 +63,7 @@ def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
         return TensorSpec(grid.name, granularity, observer=observer)
     if not grid.signed:
         raise DQError(f"weights are signed; {name} is not")
-    if group and grid.bits > _WIDEST_GROUPED:
+    if group and grid.bits > WIDEST_GROUPED:
         raise DQError(f"{name}: {grid.bits}-bit integers take no groups")
     return weight_spec(grid.bits, group, observer)
 

@@ -18,15 +18,13 @@ from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
 from dq.nn import describe, matrix_shape
 from dq.plan import LayerSpec, Plan
-from dq.presets import input_spec, weight_spec
+from dq.presets import GROUP, WIDEST_GROUPED, input_spec, weight_spec
 from dq.recipe import Recipe, Template, templates
 from dq.spec import TensorSpec
 
 __all__ = ["PTQ"]
 
 _FLOAT = 16  # "bits" of a tensor that stays floating point
-_WIDEST_GROUPED = 4
-_GROUP = 32
 _SAFE_BITS = 8  # of layers that the recipe's width does not fit
 
 
@@ -71,10 +69,10 @@ class PTQ(Method):
             raise DQError(f"input_bits is 2 to 8, or 16 for floating point, not {self.input_bits}")
         if self.group is not None and self.group < 0:
             raise DQError(f"group is a number of weights, or 0 for none, not {self.group}")
-        if self.group and self.weight_bits > _WIDEST_GROUPED:
+        if self.group and self.weight_bits > WIDEST_GROUPED:
             raise DQError(
                 f"{self.weight_bits}-bit weights take no groups: code times multiplier would leave "
-                f"8 bits; drop group {self.group}, or use at most {_WIDEST_GROUPED} bits"
+                f"8 bits; drop group {self.group}, or use at most {WIDEST_GROUPED} bits"
             )
         if self.inputs not in ("auto", "static", "dynamic"):
             raise unknown("value of inputs", self.inputs, ("auto", "static", "dynamic"))
@@ -123,8 +121,8 @@ class PTQ(Method):
         return _Decision(LayerSpec(spec, self._input(dynamic), () if dynamic else split), note)
 
     def _weight(self, bits: int) -> TensorSpec:
-        group = _GROUP if self.group is None else self.group
-        return weight_spec(bits, group if bits <= _WIDEST_GROUPED else 0, self.weight_observer)
+        group = GROUP if self.group is None else self.group
+        return weight_spec(bits, group if bits <= WIDEST_GROUPED else 0, self.weight_observer)
 
     def _input(self, dynamic: bool) -> TensorSpec:
         return input_spec(self.input_bits, dynamic, self.input_observer)
