@@ -14,10 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.errors import DQError
+from dq.errors import DQError, unknown
 from dq.registry import Registry
 
-__all__ = ["Family", "Role", "assign_roles", "families", "family_of", "quantizable"]
+__all__ = [
+    "SMALLEST",
+    "WIDE_ROLES",
+    "Family",
+    "Role",
+    "assign_roles",
+    "check_scaling",
+    "families",
+    "family_of",
+    "quantizable",
+]
+
+SMALLEST = 1024  # layers of fewer weights are not worth quantizing
+_SCALINGS = ("auto", "static", "dynamic")
 
 
 class Role(StrEnum):
@@ -34,6 +47,10 @@ class Role(StrEnum):
     CROSS_ATTENTION = "cross-attention"  # q and output
     CROSS_KV = "cross-k/v"  # k and v of text
     FEED_FORWARD = "feed-forward"
+
+
+# A small part of the weights, on which every pixel depends: uniform recipes leave them 8 bits.
+WIDE_ROLES = (Role.IO, Role.TIME)
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,28 @@ class Family:
     sample_inputs: Callable[[nn.Module, int, torch.Generator], dict[str, Any]]
     prompt: Callable[[nn.Module], str] = lambda model: ""
     dynamic_inputs: bool = False
+
+    def is_dynamic(self, scaling: str) -> bool:
+        """Return whether the scales of inputs are found at run time.
+
+        Args:
+            scaling: "static", "dynamic", or "auto": what the family prefers; see `check_scaling`.
+        """
+        return scaling == "dynamic" or (scaling == "auto" and self.dynamic_inputs)
+
+
+def check_scaling(argument: str, value: str) -> None:
+    """Check what a method is told about the scales of inputs, before it knows the family.
+
+    Args:
+        argument: Name of the method's argument.
+        value: What it was given.
+
+    Raises:
+        DQError: If it is none of "auto", "static" and "dynamic".
+    """
+    if value not in _SCALINGS:
+        raise unknown(f"value of {argument}", value, _SCALINGS)
 
 
 families: Registry[Family] = Registry("family", home="dq.pipelines")

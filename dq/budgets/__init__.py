@@ -17,7 +17,7 @@ from dq.budgets.page import write_page
 from dq.budgets.report import Report, correlation
 from dq.calibrate import CalibrationSpec
 from dq.engine import start
-from dq.family import Role
+from dq.family import WIDE_ROLES
 from dq.folders import check_free, new_folder
 from dq.methods.bos import find_kept
 from dq.methods.mixdq import MixDQ
@@ -29,8 +29,6 @@ from dq.sensitivity.survey import Settings, find, prepare, sample
 from dq.sensitivity.table import Table
 
 __all__ = ["Asked", "Report", "run"]
-
-_WIDE = (Role.IO, Role.TIME)  # roles that uniform recipes give 8 bits
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _uniform(trial: Trial) -> list[Point]:
     widest = max(widths, key=lambda name: widths[name])
     names = sorted(widths, key=lambda name: widths[name])
     return [
-        trial.point(f"{name} everywhere", uniform_bits(trial, name, widest, _WIDE))
+        trial.point(f"{name} everywhere", uniform_bits(trial, name, widest, WIDE_ROLES))
         for name in track(names, "trying uniform formats")
     ]
 

@@ -17,7 +17,7 @@ import re
 from dataclasses import dataclass
 
 from dq.errors import DQError, unknown
-from dq.family import quantizable
+from dq.family import check_scaling, quantizable
 from dq.method import Job, Method, methods
 from dq.methods.bos import find_kept, keep
 from dq.methods.ptq import PTQ
@@ -85,8 +85,7 @@ class MixDQ(Method):
     def __post_init__(self) -> None:
         if self.objective not in ("noise", "paper"):
             raise unknown("objective", self.objective, ("noise", "paper"))
-        if self.dynamic not in ("auto", "static", "dynamic"):
-            raise unknown("value of dynamic", self.dynamic, ("auto", "static", "dynamic"))
+        check_scaling("dynamic", self.dynamic)
         if self.content == "ssim" and self.objective != "paper":
             raise DQError(
                 "SSIM and noise cannot be added up: content='ssim' is for the paper's objective"
@@ -120,9 +119,7 @@ class MixDQ(Method):
 
     def candidates(self, job: Job, kept_every: int) -> Candidates:
         """Return the formats that compete."""
-        dynamic = self.dynamic == "dynamic" or (
-            self.dynamic == "auto" and job.family.dynamic_inputs
-        )
+        dynamic = job.family.is_dynamic(self.dynamic)
         return Candidates.of(job.model, job.family, self.weights, self.inputs, dynamic, kept_every)
 
     def _settings(self) -> Settings:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dq.errors import DQError, unknown
-from dq.family import Role, quantizable
+from dq.family import SMALLEST, WIDE_ROLES, Role, check_scaling, quantizable
 from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
 from dq.nn import describe, matrix_shape
@@ -56,9 +56,9 @@ class PTQ(Method):
     input_bits: int = 16
     group: int | None = None
     inputs: str = "auto"
-    wide_roles: tuple[str, ...] = (Role.IO, Role.TIME)
+    wide_roles: tuple[str, ...] = WIDE_ROLES
     skip_roles: tuple[str, ...] = ()
-    smallest: int = 1024
+    smallest: int = SMALLEST
     weight_observer: str = "mse"
     input_observer: str = "mse"
 
@@ -74,8 +74,7 @@ class PTQ(Method):
                 f"{self.weight_bits}-bit weights take no groups: code times multiplier would leave "
                 f"8 bits; drop group {self.group}, or use at most {WIDEST_GROUPED} bits"
             )
-        if self.inputs not in ("auto", "static", "dynamic"):
-            raise unknown("value of inputs", self.inputs, ("auto", "static", "dynamic"))
+        check_scaling("inputs", self.inputs)
         for role in (*self.wide_roles, *self.skip_roles):
             if role not in tuple(Role):
                 raise unknown("role", role, tuple(Role))
@@ -88,7 +87,7 @@ class PTQ(Method):
         """
         roles = job.family.roles(job.model)
         splits = job.family.splits(job.model)
-        dynamic = self.inputs == "dynamic" or (self.inputs == "auto" and job.family.dynamic_inputs)
+        dynamic = job.family.is_dynamic(self.inputs)
         layers, notes = {}, {}
         for name, layer in quantizable(job.model).items():
             shape = matrix_shape(layer)

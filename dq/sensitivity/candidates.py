@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dq.errors import DQError
-from dq.family import Family, Role, quantizable
+from dq.family import SMALLEST, Family, Role, quantizable
 from dq.nn import matrix_shape
 from dq.plan import LayerSpec, Plan
 from dq.presets import FLOAT, input_preset, weight_preset
@@ -51,7 +51,7 @@ class Candidates:
         inputs: Sequence[str],
         dynamic: bool,
         kept_every: int = 0,
-        smallest: int = 1024,
+        smallest: int = SMALLEST,
     ) -> Candidates:
         """Collect the candidates for a model, which may lie on the meta device.
 
