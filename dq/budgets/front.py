@@ -62,14 +62,13 @@ class Trial:
         """Return what a choice promises and keeps."""
         model, candidates = self.probe.model, self.probe.candidates
         size = sum(candidates.bytes(layer, *pair) for layer, pair in choice.items())
-        weights = sum(rows * columns for rows, columns in candidates.shapes.values())
         with as_float32(model):
             if not self.references:
                 self.references = [model(**c, return_dict=False)[0] for c in self.calls]
             with simulated(self.probe, choice):
                 real = output_noise(model, self.calls, self.references)
         predicted = self.table.noise(choice)
-        return Point(name, 8 * size / weights, size, predicted, real, choice)
+        return Point(name, 8 * size / candidates.weight_count, size, predicted, real, choice)
 
 
 def front(trial: Trial, bits: Sequence[float], float_share: float) -> list[Point]:
@@ -78,12 +77,12 @@ def front(trial: Trial, bits: Sequence[float], float_share: float) -> list[Point
     Numbers that no choice can keep are left out.
     """
     candidates = trial.probe.candidates
-    weights = sum(rows * columns for rows, columns in candidates.shapes.values())
     share = float_share if candidates.inputs else 1.0
     points = []
     for each in track(bits, "allocating"):
         try:
-            choice = allocate(trial.table, candidates, Limits(each * weights / 8, share))
+            limits = Limits(each * candidates.weight_count / 8, share)
+            choice = allocate(trial.table, candidates, limits)
         except DQError:
             continue
         points.append(trial.point(f"{each:g} bits", choice))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -148,11 +147,9 @@ def _problem(
             amounts.append(row.seconds[f"{weight}|{input}"])
         return Option(f"{weight}|{input}", cost(row, weight, input), tuple(amounts), input)
 
-    def names(row: Row) -> list[tuple[str, str]]:
-        inputs = (*candidates.inputs, FLOAT)
-        return [*itertools.product(candidates.weights[row.name], inputs), (FLOAT, FLOAT)]
-
-    layers = {row.name: tuple(option(row, *pair) for pair in names(row)) for row in rows}
+    layers = {
+        row.name: tuple(option(row, *pair) for pair in candidates.options(row.name)) for row in rows
+    }
     return Problem(
         _forced(layers, limits.forced, candidates.shapes), tuple(budgets), tuple(sharing)
     )

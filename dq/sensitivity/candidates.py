@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +80,16 @@ class Candidates:
             {} if dynamic else family.splits(model),
             0 if dynamic else kept_every,
         )
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights of all layers."""
+        return sum(rows * columns for rows, columns in self.shapes.values())
+
+    def options(self, layer: str) -> list[tuple[str, str]]:
+        """Return what a layer may become, as names of formats (weight, input); float comes last."""
+        inputs = (*self.inputs, FLOAT)
+        return [*itertools.product(self.weights[layer], inputs), (FLOAT, FLOAT)]
 
     def spec(self, layer: str, weight: str, input: str = FLOAT) -> LayerSpec | None:
         """Return what a layer becomes by the names of two formats; None if it stays as it is.

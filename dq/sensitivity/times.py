@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dq.nn.layers import Layer
 from dq.nn.packed import packed
 from dq.plan import LayerSpec
-from dq.presets import FLOAT
 from dq.progress import track
 from dq.sensitivity.candidates import Candidates
 from dq.sensitivity.table import Row, Table
@@ -48,12 +47,8 @@ def timed(table: Table, candidates: Candidates, model: nn.Module, repeats: int =
 
 
 def _options(row: Row, candidates: Candidates) -> dict[str, LayerSpec | None]:
-    pairs = [
-        (weight, input)
-        for weight in candidates.weights[row.name]
-        for input in (*candidates.inputs, FLOAT)
-    ]
-    specs = {f"{w}|{i}": candidates.spec(row.name, w, i) for w, i in (*pairs, (FLOAT, FLOAT))}
+    pairs = candidates.options(row.name)
+    specs = {f"{w}|{i}": candidates.spec(row.name, w, i) for w, i in pairs}
     # A kept token takes nothing that a clock would notice, and there is none to give here.
     return {k: s and dataclasses.replace(s, kept_every=0) for k, s in specs.items()}
 
