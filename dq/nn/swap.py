@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from dq.scales import Scales
 
 __all__ = [
     "empty_packed",
+    "exchanged",
     "install",
     "keep_int8",
     "pack_model",
@@ -33,6 +35,19 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` in the place of the module called `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
+
+
+@contextmanager
+def exchanged(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """While active, other layers are in the places of those that are named."""
+    before = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        replace(model, name, layer)
+    try:
+        yield
+    finally:
+        for name, layer in before.items():
+            replace(model, name, layer)
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[tuple[str, Layer, LayerSpec]]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from dq.calibrate import CalibrationSpec, Source
-from dq.nn.swap import replace
-from dq.progress import track
+from dq.nn.swap import exchanged
 from dq.sensitivity.probe import Probe
+from dq.sensitivity.shares import shared
 from dq.sensitivity.table import CONTENT, Row, Table
 from dq.work import Work
 
@@ -39,40 +40,54 @@ def with_content(
         spec: Which; its first batch is taken.
         work: Where finished layers are kept.
     """
-    reference = source.images(spec, 0)
-    rows = []
-    for row in track(table.rows, "drawing with one layer quantized"):
-        content: dict[str, float] = {}
-        if row.group == CONTENT:
-            stage = f"content-{row.name}"
-            stored = work.load(stage)
-            if stored is None:
-                stored = _scores(row, probe, source, spec, reference)
-                work.save(stage, stored)
-            content = _filled(row, {key: float(value) for key, value in stored.items()})
-        rows.append(dataclasses.replace(row, content=content))
+    layers = [row.name for row in table.rows if row.group == CONTENT]
+    drawing = _Drawing(probe, source, spec)
+    parts = shared(
+        work,
+        "content",
+        len(layers),
+        lambda index: drawing.scores(layers[index]),
+        "drawing with one layer quantized",
+    )
+    scores = dict(zip(layers, parts, strict=True))
+    rows = (
+        dataclasses.replace(
+            row, content=_filled(row, scores[row.name]) if row.name in scores else {}
+        )
+        for row in table.rows
+    )
     return dataclasses.replace(table, rows=tuple(rows))
 
 
-def _scores(
-    row: Row, probe: Probe, source: Source, spec: CalibrationSpec, reference: Tensor
-) -> dict[str, Tensor]:
-    scores = {}
-    before = probe.layer(row.name)
-    for key in probe.runs(row.name):
-        replace(probe.model, row.name, probe.variant(row.name, key))
-        try:
-            images = source.images(spec, 0)
-        finally:
-            replace(probe.model, row.name, before)
+class _Drawing:
+    """Draws the same images with one tensor of one layer quantized, and scores them."""
+
+    def __init__(self, probe: Probe, source: Source, spec: CalibrationSpec) -> None:
+        self.probe = probe
+        self.source = source
+        self.spec = spec
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Images of full precision; not drawn where all scores are known."""
+        return self.source.images(self.spec, 0)
+
+    def scores(self, layer: str) -> dict[str, Tensor]:
+        """Return the SSIM for each format of a layer that the probe runs."""
+        return {key: self._score(layer, key) for key in self.probe.runs(layer)}
+
+    def _score(self, layer: str, key: str) -> Tensor:
+        reference = self.reference  # while all layers are float
+        with exchanged(self.probe.model, {layer: self.probe.variant(layer, key)}):
+            images = self.source.images(self.spec, 0)
         score = structural_similarity_index_measure(images, reference, data_range=1.0)
         assert isinstance(score, Tensor)  # a pair is returned only when asked for
-        scores[key] = score.double().cpu()
-    return scores
+        return score.double().cpu()
 
 
-def _filled(row: Row, scores: Mapping[str, float]) -> dict[str, float]:
+def _filled(row: Row, stored: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the scores of all formats."""
+    scores = {key: float(value) for key, value in stored.items()}
     filled = {}
     for kind, noise in (("w", row.weight), ("a", row.input)):
         known = [key[2:] for key in scores if key[0] == kind]

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from dq.calibrate import Call
-from dq.nn.swap import replace
+from dq.nn.swap import exchanged
 from dq.sensitivity.prefix import Prefix, stages
 from dq.sensitivity.probe import Noise, Probe
 from dq.sensitivity.shares import shared
@@ -94,11 +94,11 @@ class _Unit:
                 self.remember = self._repeats(prefix, call)
             with prefix.remembered() if self.remember else nullcontext():
                 for name in self.layers:
-                    for key, exchanged in self.trials[name]:
-                        with _in_place(self.probe.model, exchanged):
+                    for key, variants in self.trials[name]:
+                        with exchanged(self.probe.model, variants):
                             y = prefix.rerun(call, name)
-                        part = _square(y - reference) / len(exchanged)
-                        for member in exchanged:
+                        part = _square(y - reference) / len(variants)
+                        for member in variants:
                             found[f"{member}|{key}"] += part
         return {k: torch.tensor(v / power, dtype=torch.float64) for k, v in found.items()}
 
@@ -115,15 +115,3 @@ class _Unit:
 
 def _square(x: Tensor) -> float:
     return float(x.double().square().sum())
-
-
-@contextmanager
-def _in_place(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    before = {name: model.get_submodule(name) for name in layers}
-    for name, layer in layers.items():
-        replace(model, name, layer)
-    try:
-        yield
-    finally:
-        for name, layer in before.items():
-            replace(model, name, layer)

@@ -12,7 +12,7 @@ from dq.nn import (
     uninstall,
     unpack_model,
 )
-from dq.nn.swap import replace
+from dq.nn.swap import exchanged, replace
 from dq.plan import LayerSpec, Plan
 from dq.presets import weight_spec
 from dq.spec import Granularity, TensorSpec
@@ -51,6 +51,17 @@ def test_replace_reaches_any_depth() -> None:
     for name in ("conv", "blocks.0.2"):
         replace(model, name, layer)
         assert model.get_submodule(name) is layer
+
+
+def test_exchanged_layers_come_back_after_an_error_too() -> None:
+    net, other = Net(), nn.Linear(8, 3)
+    before = net.out
+    with pytest.raises(KeyboardInterrupt), exchanged(net, {"out": other, "blocks.0.1": nn.Tanh()}):
+        assert net.out is other
+        assert isinstance(net.blocks[0][1], nn.Tanh)
+        raise KeyboardInterrupt
+    assert net.out is before
+    assert isinstance(net.blocks[0][1], nn.ReLU)
 
 
 def test_install_changes_the_planned_layers_only() -> None:
