@@ -79,6 +79,11 @@ class CalibrationSpec:
             if getattr(self, name) < 1:
                 raise DQError(f"calibration needs {name} of 1 or more, not {getattr(self, name)}")
 
+    @property
+    def held_out_seed(self) -> int:
+        """Seed of the first held-out image, farther on than any calibration draws images."""
+        return self.seed + (1 << 20)
+
 
 class NeedsData(DQError):
     """Raised when a recipe wants to see the denoiser run, and nothing makes it run."""

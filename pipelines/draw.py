@@ -20,8 +20,6 @@ from dq.work import fingerprint
 
 __all__ = ["PipelineSource", "default_prompts", "draw", "repeated"]
 
-_HELD_OUT = 1 << 20  # seeds that far on
-
 
 def default_prompts(pipe: Any) -> tuple[str, ...]:
     """Return the prompts that suit a pipeline: its own list, its classes, or the built-in one."""
@@ -151,7 +149,7 @@ class PipelineSource:
         """Return the prompts that follow those of `spec`, with seeds of their own."""
         prompts = self._prompts(spec)
         following = tuple(prompts[(spec.n + i) % len(prompts)] for i in range(n))
-        return dataclasses.replace(spec, prompts=following, n=n, seed=spec.seed + _HELD_OUT)
+        return dataclasses.replace(spec, prompts=following, n=n, seed=spec.held_out_seed)
 
     def identity(self, spec: CalibrationSpec) -> dict[str, Any]:
         """Return the prompts, the scheduler, and a fingerprint of each text encoder."""

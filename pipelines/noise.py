@@ -52,7 +52,7 @@ class NoiseSource:
 
     def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
         """Return other seeds."""
-        return dataclasses.replace(spec, n=n, seed=spec.seed + (1 << 20))
+        return dataclasses.replace(spec, n=n, seed=spec.held_out_seed)
 
     def identity(self, spec: CalibrationSpec) -> dict[str, Any]:
         """Return the settings: there is nothing else."""
