@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,11 +159,10 @@ def sample(calibration: Calibration, settings: Settings, first: int = 0) -> list
         settings: How many.
         first: Batch to begin with.
     """
-    calls: list[Call] = []
-    for index, batch in enumerate(calibration.batches()):
-        if first <= index < first + settings.batches:
-            calls += [_float32(call, calibration) for call in _spread(batch, settings.steps)]
-    return calls
+    batches = itertools.islice(calibration.batches(), first, first + settings.batches)
+    return [
+        _float32(call, calibration) for batch in batches for call in _spread(batch, settings.steps)
+    ]
 
 
 def _spread(calls: Sequence[Call], count: int) -> list[Call]:
