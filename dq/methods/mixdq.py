@@ -17,11 +17,10 @@ import re
 from dataclasses import dataclass
 
 from dq.errors import DQError, unknown
-from dq.family import check_scaling, quantizable
+from dq.family import check_scaling
 from dq.method import Job, Method, methods
 from dq.methods.bos import find_kept, keep
 from dq.methods.ptq import PTQ
-from dq.nn import matrix_shape
 from dq.plan import Plan
 from dq.presets import FLOAT
 from dq.recipe import Recipe, Template, templates
@@ -138,10 +137,9 @@ class MixDQ(Method):
         width = 8 if self.inputs else 16
         uniform = PTQ(self.weight_bits, width, inputs=self.dynamic).decide(job).layers
         uniform = keep(uniform, candidates.roles, candidates.kept_every)
-        shapes = {name: matrix_shape(layer) for name, layer in quantizable(job.model).items()}
         return sum(
-            uniform[name].bytes(*shapes[name]) if name in uniform else candidates.bytes(name, FLOAT)
-            for name in candidates.shapes
+            uniform[name].bytes(*shape) if name in uniform else candidates.bytes(name, FLOAT)
+            for name, shape in candidates.shapes.items()
         )
 
     def _proposals(self, found: Survey, limits: Limits) -> dict[str, Bits]:
@@ -156,25 +154,26 @@ class MixDQ(Method):
 
     def _best(self, job: Job, found: Survey, proposals: dict[str, Bits]) -> Bits:
         """Return the proposal whose images of held-out prompts are nearest to full precision's."""
-        different = {
-            tuple(sorted(bits.items())): name for name, bits in reversed(proposals.items())
-        }
-        names = sorted(different.values(), key=list(proposals).index)
-        if len(names) == 1 or not self.held_out:
-            return proposals[names[0]]
+        different: dict[str, Bits] = {}
+        for name, bits in proposals.items():
+            if bits not in different.values():
+                different[name] = bits
+        best = next(iter(different.values()))
+        if len(different) == 1 or not self.held_out:
+            return best
         source, calibration = job.calibration.source, job.calibration
         assert source is not None  # the survey has used it
         spec = source.held_out(calibration.spec, self.held_out)
         reference = drawn(source, spec, "held-out prompts")
-        best, best_quality = names[0], -float("inf")
-        for name in names:
-            with simulated(found.probe, proposals[name]):
+        best_quality = -float("inf")
+        for name, bits in different.items():
+            with simulated(found.probe, bits):
                 images = drawn(source, spec, f"held-out prompts, {name}")
             reached = quality(images, reference)
             logger.info("%s: %.2f dB on %d held-out images", name, reached, spec.n)
             if reached > best_quality:
-                best, best_quality = name, reached
-        return proposals[best]
+                best, best_quality = bits, reached
+        return best
 
 
 def _build(found: re.Match[str]) -> Recipe:
