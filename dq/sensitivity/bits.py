@@ -38,17 +38,16 @@ class Limits:
     forced: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def allocate(
-    table: Table, candidates: Candidates, limits: Limits, quality: float = 1.0, grouped: bool = True
-) -> Bits:
+def allocate(table: Table, candidates: Candidates, limits: Limits, quality: float = 1.0) -> Bits:
     """Choose formats so that the sum of noise is smallest.
+
+    Layers that see the same input take the same input format.
 
     Args:
         table: Noise by layer and format.
         candidates: The same that the table was found for.
         limits: What the choice may take.
         quality: How much more the noise of the quality group weighs than that of content.
-        grouped: Whether layers that see the same input take the same input format.
 
     Returns:
         Formats by layer.
@@ -61,7 +60,7 @@ def allocate(
     def cost(row: Row, weight: str, input: str) -> float:
         return weights[row.group] * row.noise(weight, input)
 
-    problem = _problem(table.rows, candidates, limits, cost, table.sharing if grouped else ())
+    problem = _problem(table.rows, candidates, limits, cost, table.sharing)
     return _names(solve(problem))
 
 
