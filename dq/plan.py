@@ -36,7 +36,7 @@ class LayerSpec:
     Args:
         weight: Spec of the weight; granularity channel or group.
         input: Spec of the input, or None if it stays floating point. Static inputs have one scale
-            (granularity tensor), dynamic ones one a token.
+            (granularity tensor), dynamic ones one a token, or one a group of channels.
         input_splits: Sizes of channel segments with a scale each, for inputs that are concatenated
             from parts of different range (UNet skip connections); empty for one segment.
         kept_every: The first of every so many tokens, the begin-of-sentence token of a prompt, is
@@ -59,11 +59,12 @@ class LayerSpec:
             if self.input_splits:
                 raise DQError("input_splits without a quantized input")
             return
-        wanted = "token" if self.input.dynamic else "tensor"
-        if self.input.granularity.kind != wanted:
+        wanted = ("token", "group") if self.input.dynamic else ("tensor",)
+        if self.input.granularity.kind not in wanted:
             kind = "dynamic" if self.input.dynamic else "static"
             raise DQError(
-                f"a {kind} input has granularity {wanted!r}, not {self.input.granularity}"
+                f"a {kind} input has granularity {' or '.join(wanted)}, "
+                f"not {self.input.granularity}"
             )
         if self.input.dynamic and not (self.input.symmetric and self.input.grid.low < 0):
             raise DQError("a dynamic input is symmetric and signed")

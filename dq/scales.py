@@ -11,16 +11,17 @@ from torch import Tensor
 from dq.formats import IntFormat
 from dq.spec import TensorSpec
 
-__all__ = ["Scales", "scales_of_range"]
+__all__ = ["Scales", "scales_of_range", "usable"]
 
 
 class Scales(NamedTuple):
     """Scales of an `(R, K)` matrix: x ~ step * (level - zero).
 
     Attributes:
-        scale: `(r, g)` float32, positive; `(r, 1)` when there are multipliers.
+        scale: `(r, g)` float32, positive; `(r, 1)` or `(1, 1)` when there are multipliers.
         zero: `(r, g)` float32 whole levels, or None for symmetric specs.
-        multiplier: `(r, g)` float32 whole numbers from 1 up; None for scales of one level.
+        multiplier: `(r, g)` float32, what the spec's `scale_format` can write; None for scales of
+            one level. See `dq.blocks`.
     """
 
     scale: Tensor
@@ -34,11 +35,7 @@ class Scales(NamedTuple):
 
     def rows(self, part: slice) -> Scales:
         """Return the scales of some rows of the matrix; `(1, 1)` ones serve every row."""
-        if len(self.scale) == 1:
-            return self
-        zero = None if self.zero is None else self.zero[part]
-        multiplier = None if self.multiplier is None else self.multiplier[part]
-        return Scales(self.scale[part], zero, multiplier)
+        return Scales(*(x if x is None or len(x) == 1 else x[part] for x in self))  # type: ignore[arg-type]
 
     @classmethod
     def stack(cls, parts: Sequence[Scales]) -> Scales:
@@ -68,13 +65,14 @@ def scales_of_range(low: Tensor, high: Tensor, spec: TensorSpec) -> Scales:
     if spec.symmetric:
         # An unsigned grid has no negative levels: what is below zero saturates there.
         reach = torch.maximum(-low, high) if grid.low < 0 else high
-        return Scales(_usable(reach / grid.high))
+        return Scales(usable(reach / grid.high))
     assert isinstance(grid, IntFormat)  # checked by the spec
     low, high = low.clamp_max(0), high.clamp_min(0)
-    scale = _usable((high - low) / (grid.high - grid.low))
+    scale = usable((high - low) / (grid.high - grid.low))
     return Scales(scale, torch.round(grid.low - low / scale).clamp_(grid.low, grid.high))
 
 
-def _usable(scale: Tensor) -> Tensor:
+def usable(scale: Tensor) -> Tensor:
+    """Return the scales with 1 in the place of those that are as good as zero."""
     # Dividing by a subnormal overflows; such a block is all zero for every purpose.
     return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))

@@ -6,11 +6,31 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+
 from dq.errors import DQError, unknown
-from dq.formats import Format, IntFormat, formats
+from dq.formats import FloatFormat, Format, IntFormat, PowerFormat, formats
 from dq.packing import packed_length
 
 __all__ = ["Granularity", "TensorSpec"]
+
+_FP8 = ("e4m3", "e5m2")
+# (scale format, size of a block, format of its elements) that hardware has.
+_BLOCKS = {("e4m3", 16, "e2m1")} | {
+    ("e8m0", 32, name) for name in ("e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
+}
+
+
+def _rules(scales: Format, grid: Format) -> tuple[str, ...]:
+    """Return the ways to find scales of a format for groups on a grid; none if it is for none."""
+    if isinstance(scales, IntFormat):
+        return () if scales.signed else ("search",)
+    if isinstance(scales, PowerFormat):
+        even = ("even",) if isinstance(grid, FloatFormat) else ()
+        return ("search", "floor", "ceil", "rceil", *even)
+    if isinstance(scales, FloatFormat) and scales.high >= 256:
+        return ("search", "nearest", *(("four-six",) if grid.high == 6 else ()))
+    return ()
 
 
 @dataclass(frozen=True)
@@ -19,7 +39,8 @@ class Granularity:
 
     Weights are seen as matrices `(N, K)`: output channels by everything that is summed over
     (`in` for Linear, `in/groups * kh * kw` for Conv2d). Inputs of a Linear are `(tokens, K)`; those
-    of a Conv2d are `(images, C * H * W)`, so that a "token" of a convolution is one image.
+    of a Conv2d are `(images, C * H * W)`, so that a "token" of a convolution is one image; only in
+    groups they are `(pixels, C)`.
 
     | written     | shares one scale                  | scales of an `(R, K)` matrix |
     |-------------|-----------------------------------|------------------------------|
@@ -82,10 +103,12 @@ class TensorSpec:
         symmetric: Zero is the level 0, nothing is stored for it; else x = scale * (level - zero).
         dynamic: Scales are computed from each input at run time instead of once in calibration.
         observer: How ranges are chosen: absmax, percentile or mse.
-        scale_format: "float32", or an unsigned integer format for two-level scales: one float32 a
-            row times an integer multiplier a group, `1 + code`. Code times multiplier then is an
-            8-bit integer, and products with integer inputs stay exact (the QServe construction,
-            arXiv 2405.04532, section 4.2).
+        scale_format: "float32"; or what the scales of groups are written in, see `dq.blocks`. An
+            unsigned integer format: one float32 a row times an integer multiplier a group,
+            `1 + code`. Code times multiplier then is an 8-bit integer, and products with integer
+            inputs stay exact (the QServe construction, arXiv 2405.04532, section 4.2). "e8m0":
+            powers of two (OCP MX). "e4m3": times a float32 for the whole tensor (NVFP4).
+        scale_rule: How such scales are found; see `dq.blocks`.
     """
 
     format: str
@@ -94,18 +117,36 @@ class TensorSpec:
     dynamic: bool = False
     observer: str = "absmax"
     scale_format: str = "float32"
+    scale_rule: str = "search"
 
     def __post_init__(self) -> None:
         grid = self.grid
+        if grid.low > 0:
+            raise DQError(f"{self.format} has no zero: it is for scales, not for values")
         if not self.symmetric and not isinstance(grid, IntFormat):
             raise DQError(f"asymmetric {self.format}: only integer formats have a zero point")
-        if self.scale_format == "float32":
-            return
-        multiplier = formats[self.scale_format]
-        if not isinstance(multiplier, IntFormat) or multiplier.signed:
+        scales = self.scale_grid
+        rules = ("search",) if scales is None else _rules(scales, grid)
+        if not rules:
             raise DQError(
-                f"scale_format {self.scale_format!r} is not float32 or an unsigned integer format"
+                f"scale_format {self.scale_format!r} is not float32, an unsigned integer format, "
+                "e8m0 or e4m3"
             )
+        if self.scale_rule not in rules:
+            raise unknown(f"scale_rule of {self.scale_format}", self.scale_rule, rules)
+        if isinstance(scales, IntFormat):
+            self._check_integer_scales(scales)
+        elif scales is not None:
+            if self.granularity.kind != "group" or not self.symmetric:
+                raise DQError(f"{self.scale_format} scales need a symmetric format with groups")
+            if self.observer != "absmax":
+                raise DQError(
+                    f"{self.scale_format} scales are found by scale_rule: observer absmax only, "
+                    f"not {self.observer}"
+                )
+
+    def _check_integer_scales(self, multiplier: IntFormat) -> None:
+        grid = self.grid
         if self.granularity.kind != "group" or not self.symmetric or not grid.is_integer:
             raise DQError("integer scales need a symmetric integer format with groups")
         if -grid.low * (multiplier.high + 1) > 128:
@@ -119,14 +160,49 @@ class TensorSpec:
         """The format itself."""
         return formats[self.format]
 
+    @property
+    def scale_grid(self) -> Format | None:
+        """What the scales of groups are written in; None for float32."""
+        return None if self.scale_format == "float32" else formats[self.scale_format]
+
+    @property
+    def has_float_blocks(self) -> bool:
+        """Whether groups have scales of a few bits, floats or powers of two."""
+        return self.scale_grid is not None and not isinstance(self.scale_grid, IntFormat)
+
+    @property
+    def outer_by_row(self) -> bool:
+        """Whether each row has the float32 scale that multipliers stand upon; else all share it."""
+        scales = self.scale_grid
+        return isinstance(scales, IntFormat) or (self.dynamic and isinstance(scales, FloatFormat))
+
+    @property
+    def is_deployable(self) -> bool:
+        """Whether some hardware multiplies the format; others are emulated, wherever they run.
+
+        Integers; floats by tensor, channel or token whose levels are all e4m3 or e5m2 ones (e2m1,
+        e2m3 and e3m2 are); MX and NVFP4 blocks.
+        """
+        if self.grid.is_integer:
+            return True
+        if self.has_float_blocks:
+            return (self.scale_format, self.granularity.size, self.format) in _BLOCKS
+        return self.granularity.kind != "group" and self.is_fp8
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether every level is one of e4m3 or of e5m2."""
+        return any(bool(torch.isin(self.grid.levels, formats[n].levels).all()) for n in _FP8)
+
     def bytes(self, rows: int, columns: int) -> int:
         """Return how many bytes a `(rows, columns)` matrix takes: codes, scales and zero points."""
         r, g = self.granularity.blocks(rows, columns)
         total = rows * packed_length(columns, self.grid.bits)
-        if self.scale_format == "float32":
+        if self.scale_grid is None:
             total += 4 * r * g
         else:
-            total += 4 * r + r * packed_length(g, formats[self.scale_format].bits)
+            total += 4 * (r if self.outer_by_row else 1)
+            total += r * packed_length(g, self.scale_grid.bits)
         return total if self.symmetric else total + r * packed_length(g, self.grid.bits)
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,5 +234,6 @@ class TensorSpec:
         words = [self.format, str(self.granularity)]
         words += [] if self.symmetric else ["asymmetric"]
         words += ["dynamic"] if self.dynamic else []
-        words += [] if self.scale_format == "float32" else [f"{self.scale_format} scales"]
+        words += [] if self.scale_grid is None else [f"{self.scale_format} scales"]
+        words += [] if self.scale_rule == "search" else [self.scale_rule]
         return " ".join(words)

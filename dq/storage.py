@@ -1,13 +1,15 @@
-"""From a float weight to the tensors that are stored, and back: pure, on any device, meta too.
+"""From a quantized weight to the tensors that are stored, and back: pure, on any device, meta too.
 
 Local names, without the prefix of the layer:
 
 | name           | shape and dtype        | holds                                             |
 |----------------|------------------------|---------------------------------------------------|
-| `weight`       | (N, bytes) uint8       | by row, each packed: K codes, then G multipliers  |
-|                |                        | minus one (two-level scales), then G codes of     |
-|                |                        | zero (asymmetric formats)                         |
-| `weight_scale` | (N,) or (N, G) float32 | one a row, or one a group                         |
+| `weight`       | (N, bytes) uint8       | by row, each packed: K codes, then G codes of     |
+|                |                        | multipliers (groups with scales of few bits; of   |
+|                |                        | integer ones minus one), then G codes of zero     |
+|                |                        | (asymmetric formats)                              |
+| `weight_scale` | (N,), (N, G) or (1,)   | one a row, one a group, or one for all (MX, where |
+|                | float32                | it is 1, and NVFP4)                               |
 
 Short codes share one tensor because every tensor costs about 130 bytes of file header.
 """
@@ -19,22 +21,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dq.formats import formats
+from dq.formats import IntFormat
 from dq.packing import pack, packed_length, unpack
-from dq.quantize import dequantize, quantize
+from dq.quantize import dequantize
 from dq.scales import Scales
 from dq.spec import TensorSpec
 
-__all__ = ["pack_weight", "stored_shapes", "unpack_weight"]
+__all__ = ["pack_weight", "stored_shapes", "unpack_codes", "unpack_weight"]
 
 
 def _row(spec: TensorSpec, columns: int, groups: int) -> list[tuple[int, int]]:
     """Return (number of codes, bits) of codes, multipliers and zeros; absent ones have number 0."""
-    two_level = spec.scale_format != "float32"
-    bits = spec.grid.bits
+    bits, scales = spec.grid.bits, spec.scale_grid
     return [
         (columns, bits),
-        (groups if two_level else 0, formats[spec.scale_format].bits if two_level else 1),
+        (0, 1) if scales is None else (groups, scales.bits),
         (0 if spec.symmetric else groups, bits),
     ]
 
@@ -45,39 +46,46 @@ def stored_shapes(
     """Return shape and dtype of each stored tensor of an `(N, K)` weight."""
     _, groups = spec.granularity.blocks(rows, columns)
     width = sum(packed_length(*part) for part in _row(spec, columns, groups))
-    by_row = spec.scale_format != "float32" or groups == 1
-    return {
-        "weight": ((rows, width), torch.uint8),
-        "weight_scale": ((rows,) if by_row else (rows, groups), torch.float32),
-    }
+    scale: tuple[int, ...] = (rows,) if groups == 1 else (rows, groups)
+    if spec.scale_grid is not None:
+        scale = (rows if spec.outer_by_row else 1,)
+    return {"weight": ((rows, width), torch.uint8), "weight_scale": (scale, torch.float32)}
 
 
-def pack_weight(weight: Tensor, scales: Scales, spec: TensorSpec) -> dict[str, Tensor]:
-    """Quantize a weight and pack it.
+def pack_weight(codes: Tensor, scales: Scales, spec: TensorSpec) -> dict[str, Tensor]:
+    """Pack a quantized weight.
 
     Args:
-        weight: `(N, K)` floating point.
-        scales: As chosen for `spec`.
-        spec: How it is quantized.
+        codes: `(N, K)` uint8, as `dq.quantize.quantize` or a rounding method gives them.
+        scales: That they were made with.
+        spec: How the weight is quantized.
 
     Returns:
         The tensors of `stored_shapes`.
     """
-    shapes = stored_shapes(spec, *weight.shape)
-    if weight.is_meta:
+    shapes = stored_shapes(spec, *codes.shape)
+    if codes.is_meta:
         return {n: torch.empty(s, dtype=d, device="meta") for n, (s, d) in shapes.items()}
-    bits = spec.grid.bits
-    parts = [pack(quantize(weight, scales, spec), bits)]
+    parts = [pack(codes, spec.grid.bits)]
     if scales.multiplier is not None:
-        parts.append(pack((scales.multiplier - 1).to(torch.uint8), formats[spec.scale_format].bits))
+        assert spec.scale_grid is not None  # where else would they come from
+        multipliers = spec.scale_grid.encode(scales.multiplier - _least(spec))
+        parts.append(pack(multipliers, spec.scale_grid.bits))
     if scales.zero is not None:
-        parts.append(pack((scales.zero - spec.grid.low).to(torch.uint8), bits))
+        parts.append(pack((scales.zero - spec.grid.low).to(torch.uint8), spec.grid.bits))
     scale = scales.scale.float().reshape(shapes["weight_scale"][0])
     return {"weight": torch.cat(parts, dim=1), "weight_scale": scale}
 
 
-def unpack_weight(state: Mapping[str, Tensor], spec: TensorSpec, columns: int) -> Tensor:
-    """Return the float32 weight `(N, K)` that stored tensors stand for."""
+def _least(spec: TensorSpec) -> int:
+    """Return the multiplier that code 0 stands for, beside what its format says."""
+    return 1 if isinstance(spec.scale_grid, IntFormat) else 0
+
+
+def unpack_codes(
+    state: Mapping[str, Tensor], spec: TensorSpec, columns: int
+) -> tuple[Tensor, Scales]:
+    """Invert `pack_weight`."""
     packed = state["weight"]
     _, groups = spec.granularity.blocks(len(packed), columns)
     layout = _row(spec, columns, groups)
@@ -87,9 +95,19 @@ def unpack_weight(state: Mapping[str, Tensor], spec: TensorSpec, columns: int) -
         for part, (count, bits) in zip(parts, layout, strict=True)
     )
     assert codes is not None  # there is no weight without columns
-    scales = Scales(
-        state["weight_scale"].reshape(len(packed), -1),
+    if multiplier is not None:
+        assert spec.scale_grid is not None  # as in the layout
+        multiplier = spec.scale_grid.decode(multiplier) + _least(spec)
+    scale = state["weight_scale"]
+    shared = spec.scale_grid is not None and not spec.outer_by_row
+    return codes, Scales(
+        scale.view(1, 1) if shared else scale.reshape(len(packed), -1),
         None if zero is None else zero.float() + spec.grid.low,
-        None if multiplier is None else multiplier.float() + 1,
+        multiplier,
     )
+
+
+def unpack_weight(state: Mapping[str, Tensor], spec: TensorSpec, columns: int) -> Tensor:
+    """Return the float32 weight `(N, K)` that stored tensors stand for."""
+    codes, scales = unpack_codes(state, spec, columns)
     return dequantize(codes, scales, spec)

@@ -17,6 +17,8 @@ GROUP = 8  # divides the columns of every tensor that is tested
 
 def _weights() -> Iterator[TensorSpec]:
     for name, grid in formats.items():
+        if grid.low > 0:  # for scales only
+            continue
         for granularity in (Granularity("channel"), Granularity("group", GROUP)):
             yield TensorSpec(name, granularity)
             if isinstance(grid, IntFormat):
@@ -26,10 +28,24 @@ def _weights() -> Iterator[TensorSpec]:
         yield TensorSpec(f"int{bits}", grouped, scale_format=f"uint{8 - bits}")
     for name in observers.names():
         yield TensorSpec("int4", Granularity("group", GROUP), observer=name)
+    yield from _float_blocks(dynamic=False)
+
+
+def _float_blocks(dynamic: bool) -> Iterator[TensorSpec]:
+    """Blocks with scales of a few bits: MX and NVFP4, found in every way there is."""
+    grouped = Granularity("group", GROUP)
+    for rule in ("floor", "ceil", "even", "rceil", "search"):
+        for name in ("e2m1", "e4m3"):
+            yield TensorSpec(name, grouped, True, dynamic, "absmax", "e8m0", rule)
+    for rule in ("nearest", "four-six", "search"):
+        yield TensorSpec("e2m1", grouped, True, dynamic, "absmax", "e4m3", rule)
+    yield TensorSpec("int4", grouped, True, dynamic, "absmax", "e8m0")
 
 
 def _inputs() -> Iterator[TensorSpec]:
     for name, grid in formats.items():
+        if grid.low > 0:
+            continue
         yield TensorSpec(name, Granularity("tensor"))
         if isinstance(grid, IntFormat):
             yield TensorSpec(name, Granularity("tensor"), symmetric=False)
@@ -37,6 +53,8 @@ def _inputs() -> Iterator[TensorSpec]:
             yield TensorSpec(name, Granularity("token"), dynamic=True)
     for name in observers.names():
         yield TensorSpec("int8", Granularity("tensor"), symmetric=False, observer=name)
+    yield TensorSpec("int4", Granularity("group", GROUP), dynamic=True)
+    yield from _float_blocks(dynamic=True)
 
 
 WEIGHTS = tuple(dict.fromkeys(_weights()))

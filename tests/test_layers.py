@@ -10,7 +10,7 @@ from tests.modules import MODULES
 LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.folders dq.memory "
     "dq.tables dq.kernels dq.checkpoints dq.allocation",
-    "dq.formats dq.spec dq.quantize dq.scales dq.observers dq.storage dq.presets",
+    "dq.formats dq.spec dq.blocks dq.quantize dq.scales dq.observers dq.storage dq.presets",
     "dq.plan",
     "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.tune dq.family dq.runtime "
     "dq.sensitivity",

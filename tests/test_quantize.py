@@ -13,7 +13,7 @@ from dq.spec import Granularity, TensorSpec
 from tests.specs import GROUP, INPUTS, WEIGHTS
 
 ALL = tuple(dict.fromkeys([*WEIGHTS, *INPUTS]))
-TWO_LEVEL = [spec for spec in WEIGHTS if spec.scale_format != "float32"]
+TWO_LEVEL = [spec for spec in WEIGHTS if isinstance(spec.scale_grid, IntFormat)]
 each = pytest.mark.parametrize("spec", ALL, ids=str)
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 5).map(lambda n: n * GROUP))
 
@@ -73,8 +73,9 @@ def test_scales_have_the_documented_shapes(spec: TensorSpec) -> None:
     x = matrix((6, 40), 2)
     blocks = spec.granularity.blocks(6, 40)
     scale, zero, multiplier = choose_scales(x, spec)
-    two_level = spec.scale_format != "float32"
-    assert scale.shape == ((6, 1) if two_level else blocks)
+    two_level = spec.scale_grid is not None
+    outer = (6 if spec.outer_by_row else 1, 1)
+    assert scale.shape == (outer if two_level else blocks)
     assert (scale > 0).all()
     assert (zero is None) == spec.symmetric
     assert zero is None or zero.shape == blocks
@@ -175,7 +176,7 @@ def test_all_zero_matrices_stay_zero(spec: TensorSpec) -> None:
 def test_a_unit_changes_scales_only(spec: TensorSpec) -> None:
     x = matrix((4, 40), 4)
     small, large = choose_scales(x, spec), choose_scales(x * 1024, spec)
-    assert torch.equal(large.scale, small.scale * 1024)
+    assert torch.equal(large.step, small.step * 1024)
     assert torch.equal(quantize(x, small, spec), quantize(x * 1024, large, spec))
 
 

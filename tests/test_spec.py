@@ -81,12 +81,45 @@ def test_bytes_of_the_usual_formats() -> None:
 
 
 @pytest.mark.parametrize(
+    ("spec", "deployable"),
+    [
+        (TensorSpec("int4", GROUP32), True),
+        (TensorSpec("e4m3", CHANNEL), True),
+        (TensorSpec("e5m2", CHANNEL), True),
+        (TensorSpec("e2m1", CHANNEL), True),  # its levels are e4m3 levels
+        (TensorSpec("e3m4", CHANNEL), False),
+        (TensorSpec("e1m2", CHANNEL), True),  # likewise
+        (TensorSpec("ue4m4", CHANNEL), False),
+        (TensorSpec("nf4", GROUP32), False),
+        (TensorSpec("e2m1", GROUP32, scale_format="e8m0"), True),
+        (TensorSpec("e2m1", GROUP32, scale_format="e4m3"), False),
+        (TensorSpec("e2m1", Granularity("group", 16), scale_format="e4m3"), True),
+        (TensorSpec("e4m3", GROUP32), False),
+    ],
+    ids=str,
+)
+def test_what_hardware_multiplies_is_told_from_what_is_emulated(
+    spec: TensorSpec, deployable: bool
+) -> None:
+    assert spec.is_deployable == deployable
+
+
+@pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"format": "int9"}, "unknown format 'int9'. Did you mean 'int"),
         ({"format": "e4m3", "symmetric": False}, "asymmetric e4m3: only integer formats"),
-        ({"scale_format": "int4"}, "'int4' is not float32 or an unsigned integer format"),
-        ({"scale_format": "e4m3"}, "'e4m3' is not float32 or an unsigned integer format"),
+        ({"scale_format": "int4"}, "'int4' is not float32, an unsigned integer format, e8m0"),
+        ({"scale_format": "e2m1"}, "'e2m1' is not float32, an unsigned integer format, e8m0"),
+        ({"scale_format": "e4m3"}, "e4m3 scales need a symmetric format with groups"),
+        ({"granularity": GROUP32, "scale_format": "e8m0", "symmetric": False}, "e8m0 scales need"),
+        ({"granularity": GROUP32, "scale_format": "e8m0", "observer": "mse"}, "observer absmax"),
+        (
+            {"granularity": GROUP32, "scale_format": "e4m3", "scale_rule": "four-six"},
+            "unknown scale_rule of e4m3 'four-six'",
+        ),
+        ({"scale_rule": "floor"}, "unknown scale_rule of float32 'floor'"),
+        ({"format": "e8m0"}, "e8m0 has no zero: it is for scales, not for values"),
         ({"scale_format": "float16"}, "unknown format 'float16'"),
         ({"scale_format": "uint4"}, "integer scales need a symmetric integer format with groups"),
         (

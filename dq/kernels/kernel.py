@@ -36,7 +36,8 @@ class Site:
         rows: Output features N.
         columns: Features K that are summed over.
         weight: "int8" (integer levels, one float scale a row), "e4m3" (likewise), or "other".
-        input: "int8" (codes of at most 8 bits, affine), "e4m3", or "float" (left as it is).
+        input: "int8" (codes of at most 8 bits, affine), "e4m3" (one scale a tensor or token),
+            "float" (left as it is), or "other".
         groups: Groups of a convolution; 1 for linears.
     """
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
-from dq.formats import IntFormat, formats
+from dq.formats import IntFormat
 from dq.kernels import Arguments, ConvArguments, Kernel, Site, choose
 from dq.kernels.kernel import stamp_of
 from dq.kernels.onednn import forget, resident_bytes
@@ -25,7 +25,7 @@ from dq.nn.layers import Layer, constructor, matrix_shape
 from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantLayer, fake_input, segments
 from dq.plan import LayerSpec
-from dq.quantize import fake_quantize
+from dq.quantize import fake_quantize, quantize
 from dq.scales import Scales
 from dq.spec import TensorSpec
 from dq.storage import pack_weight, stored_shapes, unpack_weight
@@ -118,7 +118,8 @@ class PackedLayer(nn.Module):
             self._load_input(simulated)
             self._load_kept(simulated)
         matrix = layer.weight.detach().flatten(1)
-        state = pack_weight(matrix, quantizer.scales, self.spec.weight)
+        codes = quantize(matrix, quantizer.scales, self.spec.weight)
+        state = pack_weight(codes, quantizer.scales, self.spec.weight)
         self.weight = nn.Parameter(state["weight"].view(self.weight.shape), requires_grad=False)
         self.weight_scale = state["weight_scale"]
         self.bias = layer.bias
@@ -168,14 +169,19 @@ class PackedLayer(nn.Module):
             weight_kind = "int8"
         elif weight.format == "e4m3" and self._by_row():
             weight_kind = "e4m3"
-        input_kind = "float" if low is None else "int8" if low.grid.is_integer else low.format
+        input_kind = "float" if low is None else "other"
+        if low is not None and low.granularity.kind != "group":
+            if low.grid.is_integer:
+                input_kind = "int8"
+            elif low.format == "e4m3" and not self.spec.input_splits:
+                input_kind = "e4m3"
         groups = self.groups if isinstance(self, nn.Conv2d) else 1
         return Site(self.kind, device, self.rows, self.columns, weight_kind, input_kind, groups)
 
     def _by_row(self) -> bool:
-        return self.spec.weight.granularity.kind == "channel" or (
-            self.spec.weight.scale_format != "float32"
-        )
+        """Whether each output channel has one float scale, whatever whole numbers it meets."""
+        spec = self.spec.weight
+        return spec.granularity.kind == "channel" or isinstance(spec.scale_grid, IntFormat)
 
     def kernel(self, device: str) -> Kernel | None:
         """Return the kernel for a device type, chosen once; None means unpacking."""
@@ -198,12 +204,12 @@ class PackedLayer(nn.Module):
     def _describe(self) -> dict[str, Any]:
         """Return what kernels must know beside the tensors."""
         weight, low = self.spec.weight, self.spec.input
-        two_level = weight.scale_format != "float32"
+        multiplier = weight.scale_grid
         return {
             "weight_bits": weight.grid.bits,
             "columns": self.columns,
-            "multiplier_bits": formats[weight.scale_format].bits if two_level else 0,
-            "groups": self.columns // weight.granularity.size if two_level else 0,
+            "multiplier_bits": 0 if multiplier is None else multiplier.bits,
+            "groups": 0 if multiplier is None else self.columns // weight.granularity.size,
             "input_bits": 0 if low is None else low.grid.bits,
             "segments": list(self.spec.input_splits),
         }
@@ -229,7 +235,7 @@ class PackedLayer(nn.Module):
                 partial(fake_quantize, scales=_scales(row, low), spec=low)
                 for row in self.input_affine
             ]
-        return fake_input(x, steps, self.sizes, self.axis)
+        return fake_input(x, steps, self.sizes, self.axis, low)
 
     def run(self, kernel: Kernel, x: Tensor) -> Tensor:
         """Return what a kernel computes."""

@@ -14,6 +14,7 @@ from dq.nn.layers import Layer, constructor, input_channels
 from dq.nn.quantizer import Quantizer
 from dq.plan import LayerSpec
 from dq.scales import Scales
+from dq.spec import TensorSpec
 
 __all__ = ["QuantConv2d", "QuantLayer", "QuantLinear", "fake_input", "segments", "simulate"]
 
@@ -31,13 +32,19 @@ def segments(layer: Layer, spec: LayerSpec) -> tuple[int, ...]:
 
 
 def fake_input(
-    x: Tensor, quantizers: Iterable[Callable[[Tensor], Tensor]], sizes: tuple[int, ...], axis: int
-) -> Tensor:
+    x: Tensor, quantizers: Iterable[Callable[[Tensor], Tensor]], sizes: tuple[int, ...], axis: int,
+    spec: TensorSpec,
+) -> Tensor:  # fmt: skip
     """Fake-quantize an input along its channel axis, one quantizer a segment; keeps its dtype."""
     done = []
+    by_pixel = axis == 1 and spec.granularity.kind == "group"
     for quantizer, part in zip(quantizers, x.split(sizes, dim=axis), strict=True):
-        matrix = part.reshape(-1, part.shape[-1]) if axis == -1 else part.flatten(1)
-        done.append(quantizer(matrix).view(part.shape).to(x.dtype))
+        if by_pixel:
+            pixels = part.permute(0, 2, 3, 1)
+            y = quantizer(pixels.flatten(0, 2)).view(pixels.shape).permute(0, 3, 1, 2)
+        else:
+            y = quantizer(part.flatten(0, -2) if axis == -1 else part.flatten(1)).view(part.shape)
+        done.append(y.to(x.dtype))
     return torch.cat(done, dim=axis) if len(done) > 1 else done[0]
 
 
@@ -90,8 +97,8 @@ class QuantLayer:
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return fake-quantized input and weight, in the dtype of the input."""
-        if len(self.input_quantizers):
-            x = fake_input(x, self.input_quantizers, self.sizes, self.axis)
+        if self.spec.input is not None:
+            x = fake_input(x, self.input_quantizers, self.sizes, self.axis, self.spec.input)
         weight = self.weight_quantizer(self.weight.flatten(1)).view(self.weight.shape)
         return x, weight.to(x.dtype)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dq.kernels import Arguments, ConvArguments
-from dq.quantize import choose_scales
+from dq.quantize import choose_scales, quantize
 from dq.spec import Granularity, TensorSpec
 from dq.storage import pack_weight
 
@@ -74,7 +74,8 @@ class Case:
         generator = torch.Generator().manual_seed(2)
         x = torch.randn(self.shape, generator=generator) * 2
         weight = self.weight()
-        state = pack_weight(weight, choose_scales(weight, self.spec), self.spec)
+        scales = choose_scales(weight, self.spec)
+        state = pack_weight(quantize(weight, scales, self.spec), scales, self.spec)
         affine = None
         if self.inputs != "dynamic":
             steps = [2.5 / 2**self.input_bits * (2 + index) for index in range(len(self.inputs))]

@@ -38,11 +38,14 @@ def test_the_output_is_that_of_the_rounded_weight(name: str, spec: TensorSpec) -
 def test_the_output_is_that_of_the_rounded_input(name: str, spec: TensorSpec) -> None:
     layer, x = build(name)
     simulated = calibrated(layer, x, LayerSpec(INT8, spec))
-    # A row for each token of a linear, for each image of a convolution.
-    matrix = x.reshape(-1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.flatten(1)
+    # A row for each token of a linear, for each image of a convolution, for each pixel in groups.
+    by_pixel = spec.granularity.kind == "group" and x.dim() == 4
+    last = x.movedim(1, -1) if by_pixel else x
+    matrix = x.flatten(1) if x.dim() == 4 and not by_pixel else last.reshape(-1, last.shape[-1])
     (quantizer,) = simulated.input_quantizers
     scales = choose_scales(matrix, spec) if spec.dynamic else quantizer.scales
-    rounded = fake_quantize(matrix, scales, spec).view(x.shape)
+    rounded = fake_quantize(matrix, scales, spec).view(last.shape)
+    rounded = rounded.movedim(-1, 1) if by_pixel else rounded
     weight = simulated.weight_quantizer(layer.weight.detach().flatten(1)).view(layer.weight.shape)
     assert torch.equal(simulated(x), run(layer, rounded, weight))
 
