@@ -1,99 +1,139 @@
-"""Formats by short names, as recipes and candidates call them."""
+"""Formats by short names, as recipes and candidates call them.
+
+A name is a format, a size of groups perhaps, and perhaps a rule to find their scales:
+
+| name                              | what it is                                                |
+|-----------------------------------|-----------------------------------------------------------|
+| "int8", "int4", "int4-g64"        | integers; up to 4 bits with two-level scales for groups   |
+| "e4m3", "e2m1", "e3m4", "nf4-g64" | floats and others, by channel or with a float32 a group   |
+| "mxfp4", "mxfp6", "mxfp8"         | OCP MX blocks of 32; "mxfp6-e3m2", "mxfp8-e5m2"           |
+| "nvfp4"                           | blocks of 16 with e4m3 scales                             |
+| "nvfp4-four-six", "mxfp4-rceil"   | the same, scales found by a rule of `dq.blocks`           |
+"""
 
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from dq.errors import DQError, unknown
 from dq.formats import IntFormat, formats
 from dq.spec import Granularity, TensorSpec
 
-__all__ = [
-    "FLOAT",
-    "GROUP",
-    "WIDEST_GROUPED",
-    "input_preset",
-    "input_spec",
-    "weight_preset",
-    "weight_spec",
-]
+__all__ = ["FLOAT", "GROUP", "input_preset", "is_float", "weight_preset"]
 
 FLOAT = "float"  # the name of a tensor that is not quantized
 GROUP = 32  # weights that share a scale where no other number is asked for
-WIDEST_GROUPED = 4  # integer codes leave room for a multiplier up to here
-_NAME = re.compile(r"(?P<format>\w+?)(-g(?P<group>\d+))?")
+_WIDEST_GROUPED = 4  # integer codes leave room for a multiplier up to here
+_RULES = ("floor", "ceil", "even", "rceil", "nearest", "four-six", "search")
+_NAME = re.compile(
+    rf"(?P<name>[a-z0-9]+(-e\dm\d)?)(-g(?P<group>\d+))?(-(?P<rule>{'|'.join(_RULES)}))?"
+)
 
 
-def weight_spec(bits: int, group: int, observer: str = "mse") -> TensorSpec:
-    """Return the integer weight format of a width.
+class _Blocks(NamedTuple):
+    format: str
+    size: int
+    scale_format: str
+    run_time_rule: str  # of inputs: one that tries nothing
 
-    Args:
-        bits: 2 to 8.
-        group: Weights that share a scale; 0 for one scale an output channel. Only widths up to 4
-            leave room for a multiplier, so wider ones take no groups.
-        observer: How ranges are chosen.
-    """
-    if group == 0:
-        return TensorSpec(f"int{bits}", Granularity("channel"), observer=observer)
-    return TensorSpec(
-        f"int{bits}", Granularity("group", group), observer=observer, scale_format=f"uint{8 - bits}"
-    )
+
+_BLOCKS = {
+    "nvfp4": _Blocks("e2m1", 16, "e4m3", "nearest"),
+    "mxfp4": _Blocks("e2m1", 32, "e8m0", "rceil"),
+    "mxfp6": _Blocks("e2m3", 32, "e8m0", "rceil"),
+    "mxfp6-e3m2": _Blocks("e3m2", 32, "e8m0", "rceil"),
+    "mxfp8": _Blocks("e4m3", 32, "e8m0", "rceil"),
+    "mxfp8-e5m2": _Blocks("e5m2", 32, "e8m0", "rceil"),
+}
+
+
+class _Parts(NamedTuple):
+    name: str
+    group: int | None
+    rule: str | None
+
+
+def _parts(name: str, what: str) -> _Parts:
+    found = _NAME.fullmatch(name)
+    if found is None or (found["name"] not in formats and found["name"] not in _BLOCKS):
+        raise unknown(f"{what} format", name, (*_BLOCKS, *formats.names()))
+    if found["rule"] is not None and found["name"] not in _BLOCKS:
+        raise DQError(f"{name}: only {', '.join(_BLOCKS)} have scales that a rule finds")
+    if found["group"] is not None and found["name"] in _BLOCKS:
+        raise DQError(f"{name}: {found['name']} has blocks of {_BLOCKS[found['name']].size}")
+    group = None if found["group"] is None else int(found["group"])
+    return _Parts(found["name"], group, found["rule"])
+
+
+def is_float(name: str) -> bool:
+    """Whether a name stands for floating-point levels rather than integers."""
+    return not re.match(r"u?int\d", name)
 
 
 def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
     """Return a weight format by name.
 
     Args:
-        name: A format, and perhaps a group: "int8", "int4-g64", "e2m1", "e4m3-g0" (by channel).
-            Formats of up to 4 bits have groups of 32 unless they say otherwise.
-        observer: How ranges are chosen.
+        name: See the table above. Integers of up to 4 bits have groups of 32 unless they say
+            otherwise; "-g0" is one scale an output channel.
+        observer: How ranges are chosen, where scales are float32.
 
     Raises:
         DQError: If there is no such format, or it takes no groups.
     """
-    found = _NAME.fullmatch(name)
-    if found is None or found["format"] not in formats.names():
-        raise unknown("weight format", name, formats.names())
-    grid = formats[found["format"]]
-    group = GROUP if grid.bits <= WIDEST_GROUPED else 0
-    if found["group"] is not None:
-        group = int(found["group"])
+    base, group, rule = _parts(name, "weight")
+    if base in _BLOCKS:
+        blocks = _BLOCKS[base]
+        return _in_blocks(blocks, rule or "search", dynamic=False)
+    grid = formats[base]
+    if grid.low >= 0:
+        raise DQError(f"weights are signed; {name} is not")
     if not isinstance(grid, IntFormat):
         granularity = Granularity("group", group) if group else Granularity("channel")
         return TensorSpec(grid.name, granularity, observer=observer)
-    if not grid.signed:
-        raise DQError(f"weights are signed; {name} is not")
-    if group and grid.bits > WIDEST_GROUPED:
-        raise DQError(f"{name}: {grid.bits}-bit integers take no groups")
-    return weight_spec(grid.bits, group, observer)
-
-
-def input_spec(bits: int, dynamic: bool, observer: str = "mse") -> TensorSpec:
-    """Return the integer input format of a width.
-
-    Args:
-        bits: 2 to 8.
-        dynamic: A scale a token, symmetric, found at run time; else one for all, asymmetric.
-        observer: How static ranges are chosen.
-    """
-    if dynamic:
-        return TensorSpec(f"int{bits}", Granularity("token"), dynamic=True)
-    return TensorSpec(f"int{bits}", Granularity("tensor"), symmetric=False, observer=observer)
+    if group and grid.bits > _WIDEST_GROUPED:
+        raise DQError(
+            f"{name}: {grid.bits}-bit integers take no groups, code times multiplier would leave "
+            f"8 bits; drop -g{group}, or use at most {_WIDEST_GROUPED} bits"
+        )
+    group = (GROUP if grid.bits <= _WIDEST_GROUPED else 0) if group is None else group
+    if group == 0:
+        return TensorSpec(base, Granularity("channel"), observer=observer)
+    multiplier = f"uint{8 - grid.bits}"
+    grouped = Granularity("group", group)
+    return TensorSpec(base, grouped, observer=observer, scale_format=multiplier)
 
 
 def input_preset(name: str, dynamic: bool, observer: str = "mse") -> TensorSpec:
-    """Return an input format by name: "int8", "e4m3", ...
+    """Return an input format by name.
 
     Args:
-        name: A format.
-        dynamic: Whether scales are found at run time.
+        name: See the table above. Blocks and groups always have scales found at run time.
+        dynamic: Whether others have: a scale a token, symmetric. Static ones have one for all, and
+            integers then a zero point.
         observer: How static ranges are chosen.
 
     Raises:
         DQError: If there is no such format.
     """
-    grid = formats[name]
-    if isinstance(grid, IntFormat):
-        return input_spec(grid.bits, dynamic, observer)
-    granularity = Granularity("token" if dynamic else "tensor")
-    return TensorSpec(name, granularity, dynamic=dynamic, observer=observer)
+    base, group, rule = _parts(name, "input")
+    if base in _BLOCKS:
+        blocks = _BLOCKS[base]
+        return _in_blocks(blocks, rule or blocks.run_time_rule, dynamic=True)
+    if group:
+        return TensorSpec(base, Granularity("group", group), dynamic=True)
+    if dynamic:
+        return TensorSpec(base, Granularity("token"), dynamic=True)
+    symmetric = not isinstance(formats[base], IntFormat)
+    return TensorSpec(base, Granularity("tensor"), symmetric, observer=observer)
+
+
+def _in_blocks(blocks: _Blocks, rule: str, dynamic: bool) -> TensorSpec:
+    return TensorSpec(
+        blocks.format,
+        Granularity("group", blocks.size),
+        dynamic=dynamic,
+        scale_format=blocks.scale_format,
+        scale_rule=rule,
+    )

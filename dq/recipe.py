@@ -89,7 +89,7 @@ class Recipe:
                 method = methods[rest.pop("method", "")]
                 steps.append(_build(method, rest))
         if not steps:
-            raise DQError("the recipe has no steps; add one such as {method: ptq, weight_bits: 4}")
+            raise DQError("the recipe has no steps; add one such as {method: ptq, weights: int4}")
         with inside("calibration"):
             calibration = _build(CalibrationSpec, values.get("calibration") or {})
         return cls(str(values.get("name", "custom")), tuple(steps), calibration)

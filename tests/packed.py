@@ -32,7 +32,9 @@ __all__ = [
 
 def static(weight_bits: int) -> dict[str, Any]:
     """Returns a recipe with calibrated inputs that is cheap: two images of two steps."""
-    step = {"method": "ptq", "weight_bits": weight_bits, "input_bits": 8, "inputs": "static"}
+    step = {
+        "method": "ptq", "weights": f"int{weight_bits}", "inputs": "int8", "dynamic": "static",
+    }  # fmt: skip
     calibration = {"n": 2, "steps": 2, "batch": 2}
     return {"name": f"w{weight_bits}a8-small", "steps": [step], "calibration": calibration}
 

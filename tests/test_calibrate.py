@@ -7,14 +7,14 @@ from torch import nn
 from dq.calibrate import Calibration, CalibrationSpec, tap_inputs
 from dq.errors import DQError
 from dq.plan import LayerSpec, Plan
-from dq.presets import weight_spec
+from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec
 from dq.work import Work
 from tests.sources import Drawing
 
 STATIC = TensorSpec("int8", Granularity("tensor"), symmetric=False)
 DYNAMIC = TensorSpec("int8", Granularity("token"), dynamic=True)
-INT8 = weight_spec(8, 0)
+INT8 = weight_preset("int8")
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ from dq import checksum
 from dq.errors import DQError
 from dq.nn import install, pack_model
 from dq.plan import LayerSpec, Plan
-from dq.presets import weight_spec
+from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec
 
 DTYPES = [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16, torch.int64]
@@ -19,7 +19,7 @@ DTYPES = [torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16,
 def packed_model() -> tuple[nn.Module, Plan]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 8), nn.Conv2d(8, 4, 3))
-    layers = {"0": LayerSpec(weight_spec(4, 32)), "1": LayerSpec(weight_spec(8, 0))}
+    layers = {"0": LayerSpec(weight_preset("int4-g32")), "1": LayerSpec(weight_preset("int8"))}
     plan = Plan("Sequential", layers)
     install(model, plan)
     pack_model(model)
@@ -57,7 +57,7 @@ def test_every_flipped_bit_of_a_packed_layer_changes_the_digest() -> None:
 
 def test_swapped_layers_change_the_digest() -> None:
     crcs = {"a.weight": 1, "b.weight": 2}
-    spec = LayerSpec(weight_spec(8, 0))
+    spec = LayerSpec(weight_preset("int8"))
     plan = Plan("Net", {"a": spec, "b": spec})
     swapped = {"a.weight": 2, "b.weight": 1}
     assert checksum.digest(crcs, plan) != checksum.digest(swapped, plan)
@@ -65,7 +65,7 @@ def test_swapped_layers_change_the_digest() -> None:
 
 
 def test_tensors_outside_the_plan_do_not_count() -> None:
-    plan = Plan("Net", {"a": LayerSpec(weight_spec(8, 0))})
+    plan = Plan("Net", {"a": LayerSpec(weight_preset("int8"))})
     crcs = {"a.weight": 1}
     more = {**crcs, "a.bias": 5, "other.weight": 6}
     assert checksum.digest(more, plan) == checksum.digest(crcs, plan)
@@ -89,7 +89,7 @@ def test_files_without_checksums_promise_nothing(tmp_path: Path) -> None:
 
 
 def test_plans_that_store_the_same_tensors_have_digests_of_their_own() -> None:
-    weight = weight_spec(8, 0)
+    weight = weight_preset("int8")
     low = TensorSpec("int8", Granularity("token"), dynamic=True)
     plans = [Plan("Net", {"a": LayerSpec(weight)}), Plan("Net", {"a": LayerSpec(weight, low)})]
     assert len({checksum.digest({"a.weight": 1}, plan) for plan in plans}) == 2

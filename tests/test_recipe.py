@@ -71,17 +71,20 @@ def test_calibration_is_read() -> None:
         ({}, "the recipe has no steps; add one such as"),
         ({**STEPS, "step": []}, "unknown key of the recipe 'step'. Did you mean 'steps'?"),
         ({"steps": [{"method": "pqt"}]}, r"steps\[0\]: unknown method 'pqt'. Did you mean 'ptq'"),
-        ({"steps": [{"weight_bits": 8}]}, r"steps\[0\]: unknown method ''"),
+        ({"steps": [{"weights": "int8"}]}, r"steps\[0\]: unknown method ''"),
         (
-            {"steps": [{"method": "ptq"}, {"method": "ptq", "weight_bit": 4}]},
-            r"steps\[1\]: unknown key of the PTQ 'weight_bit'. Did you mean 'weight_bits'?",
+            {"steps": [{"method": "ptq"}, {"method": "ptq", "weigths": "int4"}]},
+            r"steps\[1\]: unknown key of the PTQ 'weigths'. Did you mean 'weights'?",
         ),
-        ({"steps": [{"method": "ptq", "weight_bits": 9}]}, r"steps\[0\]: weight_bits is 2 to 8"),
+        (
+            {"steps": [{"method": "ptq", "weights": "int9"}]},
+            r"steps\[0\]: unknown weight format 'int9'. Did you mean 'int",
+        ),
         ({"steps": ["ptq"]}, r"steps\[0\]: a step is a mapping such as {method: ptq}, not 'ptq'"),
         ({"steps": {"method": "ptq"}}, "steps is a list of mappings such as {method: ptq}, not"),
         (
-            {"steps": [{"method": "ptq", "weight_bits": "4"}]},
-            r"steps\[0\]: weight_bits takes int, not '4'",
+            {"steps": [{"method": "ptq", "smallest": "4"}]},
+            r"steps\[0\]: smallest takes int, not '4'",
         ),
         (
             {"steps": [{"method": "ptq", "smallest": True}]},

@@ -134,8 +134,8 @@ class MixDQ(Method):
 
     def _uniform_bytes(self, job: Job, candidates: Candidates) -> int:
         """Return what all candidates take if they have the same width."""
-        width = 8 if self.inputs else 16
-        uniform = PTQ(self.weight_bits, width, inputs=self.dynamic).decide(job).layers
+        inputs = "int8" if self.inputs else FLOAT
+        uniform = PTQ(f"int{self.weight_bits}", inputs, self.dynamic).decide(job).layers
         uniform = keep(uniform, candidates.roles, candidates.kept_every)
         return sum(
             uniform[name].bytes(*shape) if name in uniform else candidates.bytes(name, FLOAT)

@@ -1,9 +1,9 @@
-"""Plain post-training quantization: one integer format for all weights, one for all inputs.
+"""Plain post-training quantization: one format for all weights, one for all inputs.
 
-Weights of 5 to 8 bits have a scale an output channel. Narrower ones have groups with two-level
-scales (QServe, Lin et al. 2024, arXiv 2405.04532, section 4.2: a float a channel times an integer a
-group), so that `code * multiplier` is an 8-bit integer and W4A8 products stay exact. Ranges are
-searched by squared error.
+Integer weights of 5 to 8 bits have a scale an output channel. Narrower ones have groups with
+two-level scales (QServe, Lin et al. 2024, arXiv 2405.04532, section 4.2: a float a channel times an
+integer a group), so that `code * multiplier` is an 8-bit integer and W4A8 products stay exact.
+Ranges are searched by squared error. Floats and blocks go by the same step; see `dq.methods.fp`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from dq.family import SMALLEST, WIDE_ROLES, Role, check_scaling, quantizable
 from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
 from dq.nn import describe, matrix_shape
+from dq.nn.layers import Layer, input_channels
 from dq.plan import LayerSpec, Plan
-from dq.presets import GROUP, WIDEST_GROUPED, input_spec, weight_spec
+from dq.presets import FLOAT, input_preset, weight_preset
 from dq.recipe import Recipe, Template, templates
 from dq.spec import TensorSpec
 
 __all__ = ["PTQ"]
-
-_FLOAT = 16  # "bits" of a tensor that stays floating point
-_SAFE_BITS = 8  # of layers that the recipe's width does not fit
 
 
 class _Decision(NamedTuple):
@@ -36,26 +34,28 @@ class _Decision(NamedTuple):
 @methods.register("ptq")
 @dataclass(frozen=True)
 class PTQ(Method):
-    """Round to nearest, everywhere.
+    """One format for all weights, one for all inputs.
 
     Args:
-        weight_bits: 2 to 8.
-        input_bits: 2 to 8, or 16 to leave inputs in floating point.
-        group: Weights that share a scale; 0 for one scale an output channel. Only widths up to 4
-            bits leave room for groups; None gives them 32, and others none.
-        inputs: "static" (calibrated, one asymmetric scale a tensor), "dynamic" (by token or image,
-            at run time), or "auto": what the model's family prefers.
-        wide_roles: Roles whose weights have 8 bits whatever `weight_bits` says.
+        weights: Format of weights, by name; see `dq.presets`.
+        inputs: Format of inputs, or "float" to leave them as they are.
+        dynamic: Where inputs have their scales from: "static" (calibrated, one a tensor), "dynamic"
+            (by token or image, at run time), or "auto": what the model's family prefers.
+        wide: Format of the weights of `wide_roles`, and of layers that the groups of `weights` or
+            `inputs` do not fit.
+        wide_inputs: Format of the inputs of these layers; empty for that of all.
+        wide_roles: Roles that are more fragile than others.
         skip_roles: Roles that stay in floating point.
         smallest: Layers of fewer weights stay in floating point.
         weight_observer: How ranges of weights are chosen.
         input_observer: How ranges of static inputs are chosen.
     """
 
-    weight_bits: int = 8
-    input_bits: int = 16
-    group: int | None = None
-    inputs: str = "auto"
+    weights: str = "int8"
+    inputs: str = FLOAT
+    dynamic: str = "auto"
+    wide: str = "int8"
+    wide_inputs: str = ""
     wide_roles: tuple[str, ...] = WIDE_ROLES
     skip_roles: tuple[str, ...] = ()
     smallest: int = SMALLEST
@@ -63,18 +63,11 @@ class PTQ(Method):
     input_observer: str = "mse"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.weight_bits <= 8:
-            raise DQError(f"weight_bits is 2 to 8, not {self.weight_bits}")
-        if self.input_bits != _FLOAT and not 2 <= self.input_bits <= 8:
-            raise DQError(f"input_bits is 2 to 8, or 16 for floating point, not {self.input_bits}")
-        if self.group is not None and self.group < 0:
-            raise DQError(f"group is a number of weights, or 0 for none, not {self.group}")
-        if self.group and self.weight_bits > WIDEST_GROUPED:
-            raise DQError(
-                f"{self.weight_bits}-bit weights take no groups: code times multiplier would leave "
-                f"8 bits; drop group {self.group}, or use at most {WIDEST_GROUPED} bits"
-            )
-        check_scaling("inputs", self.inputs)
+        for weight in (self.weights, self.wide):
+            weight_preset(weight, self.weight_observer)  # has something to say about its name
+        self._input(self.inputs, dynamic=False)
+        self._input(self.wide_inputs or self.inputs, dynamic=False)
+        check_scaling("dynamic", self.dynamic)
         for role in (*self.wide_roles, *self.skip_roles):
             if role not in tuple(Role):
                 raise unknown("role", role, tuple(Role))
@@ -83,15 +76,14 @@ class PTQ(Method):
         """Give every layer the same formats; see `Method.decide`.
 
         Raises:
-            DQError: If the group fits no layer at all.
+            DQError: If the groups fit no layer at all.
         """
         roles = job.family.roles(job.model)
         splits = job.family.splits(job.model)
-        dynamic = job.family.is_dynamic(self.inputs)
+        dynamic = job.family.is_dynamic(self.dynamic)
         layers, notes = {}, {}
         for name, layer in quantizable(job.model).items():
-            shape = matrix_shape(layer)
-            spec, note = self._decide(roles[name], shape, dynamic, splits.get(name, ()))
+            spec, note = self._decide(roles[name], layer, dynamic, splits.get(name, ()))
             if spec is not None:
                 layers[name] = spec
             if note is not None:
@@ -99,55 +91,53 @@ class PTQ(Method):
         self._check_fit(layers, notes)
         return Plan(job.plan.model, layers, notes)
 
-    def _decide(
-        self, role: Role, shape: tuple[int, int], dynamic: bool, split: tuple[int, ...]
-    ) -> _Decision:
+    def _decide(self, role: Role, layer: Layer, dynamic: bool, split: tuple[int, ...]) -> _Decision:
+        rows, columns = matrix_shape(layer)
         if role in self.skip_roles:
             return _Decision(None, f"stays float: role {role} is skipped")
-        if shape[0] * shape[1] < self.smallest:
-            return _Decision(None, f"stays float: {shape[0] * shape[1]} weights are too few")
+        if rows * columns < self.smallest:
+            return _Decision(None, f"stays float: {rows * columns} weights are too few")
         note = None
-        spec = self._weight(self.weight_bits)
+        weight, low = self._narrow(dynamic)
+        wide = weight_preset(self.wide, self.weight_observer)
+        wide_low = self._input(self.wide_inputs or self.inputs, dynamic)
         if role in self.wide_roles:
-            spec = self._weight(_SAFE_BITS)
+            weight, low = wide, wide_low
         else:
             try:
-                spec.granularity.blocks(*shape)
+                weight.granularity.blocks(rows, columns)
+                if low is not None and low.granularity.kind == "group":
+                    low.granularity.blocks(1, input_channels(layer))
             except DQError as error:
-                spec, note = self._weight(_SAFE_BITS), f"has 8-bit weights: {error}"
-        if self.input_bits == _FLOAT:
-            return _Decision(LayerSpec(spec), note)
-        return _Decision(LayerSpec(spec, self._input(dynamic), () if dynamic else split), note)
+                weight, low = wide, wide_low
+                note = f"has {wide.grid.bits}-bit weights: {error}"
+        if low is None:
+            return _Decision(LayerSpec(weight), note)
+        return _Decision(LayerSpec(weight, low, () if low.dynamic else split), note)
 
-    def _weight(self, bits: int) -> TensorSpec:
-        group = GROUP if self.group is None else self.group
-        return weight_spec(bits, group if bits <= WIDEST_GROUPED else 0, self.weight_observer)
+    def _narrow(self, dynamic: bool) -> tuple[TensorSpec, TensorSpec | None]:
+        weight = weight_preset(self.weights, self.weight_observer)
+        return weight, self._input(self.inputs, dynamic)
 
-    def _input(self, dynamic: bool) -> TensorSpec:
-        return input_spec(self.input_bits, dynamic, self.input_observer)
+    def _input(self, name: str, dynamic: bool) -> TensorSpec | None:
+        return None if name == FLOAT else input_preset(name, dynamic, self.input_observer)
 
     def _check_fit(self, layers: dict[str, LayerSpec], notes: dict[str, str]) -> None:
-        narrow = self._weight(self.weight_bits)
+        narrow, _ = self._narrow(dynamic=True)
         misfits = [note for note in notes.values() if "does not divide" in note]
         if misfits and all(spec.weight != narrow for spec in layers.values()):
-            raise DQError(f"group {self.group} fits no layer of the model; the first: {misfits[0]}")
+            raise DQError(f"{self.weights} fits no layer of the model; the first: {misfits[0]}")
 
 
 def _build(found: re.Match[str]) -> Recipe:
-    settings: dict[str, int | str] = {
-        "weight_bits": int(found["weight"]),
-        "input_bits": int(found["input"]),
-    }
-    if found["group"]:
-        settings["group"] = int(found["group"])
-    if found["inputs"]:
-        settings["inputs"] = found["inputs"]
-    ptq = PTQ(**settings)  # type: ignore[arg-type]
-    static = ptq.input_bits != _FLOAT and ptq.inputs != "dynamic"
+    weights = f"int{found['weight']}" + (f"-g{found['group']}" if found["group"] else "")
+    inputs = FLOAT if found["input"] == "16" else f"int{found['input']}"
+    ptq = PTQ(weights, inputs, dynamic=found["scales"] or "auto")
+    static = inputs != FLOAT and ptq.dynamic != "dynamic"
     return Recipe(found[0], (ptq, BOS()) if static else (ptq,))
 
 
-_SUFFIX = r"(-g(?P<group>\d+))?(-(?P<inputs>static|dynamic))?"
+_SUFFIX = r"(-g(?P<group>\d+))?(-(?P<scales>static|dynamic))?"
 _LINES = {
     "w8a8": "8-bit weights and inputs: integer products everywhere",
     "w4a8": "4-bit weights in groups of 32, 8-bit inputs: exact integer products",

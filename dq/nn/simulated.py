@@ -97,7 +97,7 @@ class QuantLayer:
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return fake-quantized input and weight, in the dtype of the input."""
-        if self.spec.input is not None:
+        if len(self.input_quantizers) and self.spec.input is not None:
             x = fake_input(x, self.input_quantizers, self.sizes, self.axis, self.spec.input)
         weight = self.weight_quantizer(self.weight.flatten(1)).view(self.weight.shape)
         return x, weight.to(x.dtype)

@@ -147,7 +147,7 @@ def test_config(name: str, packed_folders: Folders, model_folders: Callable[[str
 @each_case
 def test_layers_can_be_skipped(name: str, model_folders: Callable[[str], Path]) -> None:
     def quantized(*roles: str) -> nn.Module:
-        steps = [{"method": "ptq", "weight_bits": 4, "skip_roles": list(roles)}]
+        steps = [{"method": "ptq", "weights": "int4", "skip_roles": list(roles)}]
         config = DQConfig({"name": "skips", "steps": steps})
         return load(name, model_folders(name), quantization_config=config)
 

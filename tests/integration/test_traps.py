@@ -478,7 +478,7 @@ def test_float_layers_reload_to_the_same_bits(
     """safetensors maps weights at odd offsets, where MKL adds products up in another order."""
     case = MODELS[name]
     for inputs in ("dynamic", "static"):
-        step = {"method": "ptq", "weight_bits": 8, "input_bits": 8, "inputs": inputs}
+        step = {"method": "ptq", "weights": "int8", "inputs": "int8", "dynamic": inputs}
         calibration = {"n": 1, "steps": 1, "batch": 1}
         recipe = {"name": "skips", "steps": [{**step, "skip_roles": list(roles)}]}
         pipe = finish(

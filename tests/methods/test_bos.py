@@ -22,7 +22,7 @@ from tests.models import MODELS
 from tests.packed import FOLDERS
 
 SHORT = CalibrationSpec(n=4, steps=2, batch=4, prompts=("a cat", "two dogs", "rain", "a red car"))
-RECIPE = Recipe("bos", (PTQ(8, 8, input_observer="absmax"), BOS()), SHORT)
+RECIPE = Recipe("bos", (PTQ("int8", "int8", input_observer="absmax"), BOS()), SHORT)
 PLAIN = dataclasses.replace(RECIPE, steps=RECIPE.steps[:1])
 unets = pytest.mark.parametrize("name", ["sd32", "sdxl"])
 
@@ -170,7 +170,7 @@ def test_encoders_that_see_the_whole_prompt_have_no_such_token(model_folders) ->
 
 
 def test_plans_without_static_cross_attention_are_left_alone(model_folders) -> None:
-    for name, steps in (("sd32", PTQ(4, 16)), ("dit64", PTQ(8, 8))):
+    for name, steps in (("sd32", PTQ("int4")), ("dit64", PTQ("int8", "int8"))):
         pipe = DQPipeline.from_pretrained(model_folders(name), Recipe("r", (steps, BOS()), SHORT))
         assert pipe.plan.notes == {} or name == "sd32"
         assert not any(spec.kept_every for spec in pipe.plan.layers.values())

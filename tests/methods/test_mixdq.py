@@ -45,7 +45,7 @@ def recipe(**settings) -> Recipe:
 @pytest.mark.parametrize("name", ["sd32", "sdxl", "dit64", "flux"])
 def test_it_takes_no_more_bytes_than_the_uniform_recipe(model_folders, name: str) -> None:
     mixed = DQPipeline.from_pretrained(model_folders(name), recipe())
-    uniform = Recipe("uniform", (PTQ(4, 8), BOS()), SHORT)
+    uniform = Recipe("uniform", (PTQ("int4", "int8"), BOS()), SHORT)
     same = DQPipeline.from_pretrained(model_folders(name), uniform)
     size, limit = mixed.footprint().planned_bytes, same.footprint().planned_bytes
     # Float weights count 2 bytes in the budget and are 4 here: these models are float32.

@@ -10,7 +10,7 @@ from dq.family import Role, family_of, quantizable
 from dq.methods.ptq import PTQ
 from dq.nn import matrix_shape
 from dq.plan import Plan
-from dq.presets import weight_spec
+from dq.presets import weight_preset
 from dq.recipe import Recipe
 from dq.spec import Granularity
 from tests.models import MODELS
@@ -68,11 +68,11 @@ def test_the_recipe_may_say_when_ranges_are_found(name: str, inputs: str) -> Non
 def test_widths_up_to_four_have_groups(bits: int) -> None:
     spec = next(
         spec.weight
-        for spec in plan_of("sd32", weight_bits=bits).layers.values()
+        for spec in plan_of("sd32", weights=f"int{bits}").layers.values()
         if spec.weight.format == f"int{bits}" and (bits == 8 or spec.weight.format != "int8")
     )
     if bits <= 4:
-        assert spec == weight_spec(bits, 32)
+        assert spec == weight_preset(f"int{bits}")
         assert spec.scale_format == f"uint{8 - bits}"
     else:
         assert spec.granularity == Granularity("channel")
@@ -82,27 +82,27 @@ def test_widths_up_to_four_have_groups(bits: int) -> None:
 @pytest.mark.parametrize(("recipe", "group"), [("w4a8", 32), ("w4a8-g64", 64), ("w4a8-g0", 0)])
 def test_names_set_the_group(recipe: str, group: int) -> None:
     plan = first_step(NETWORKS["sd64"], recipe)
-    narrow = {spec.weight for spec in plan.layers.values()} - {weight_spec(8, 0)}
-    assert narrow == {weight_spec(4, group)}
+    narrow = {spec.weight for spec in plan.layers.values()} - {weight_preset("int8")}
+    assert narrow == {weight_preset(f"int4-g{group}")}
 
 
 def test_layers_that_the_group_does_not_fit_have_eight_bits_and_a_note() -> None:
-    plan = plan_of("sd32", weight_bits=4, group=64)
+    plan = plan_of("sd32", weights="int4-g64")
     misfits = [name for name, note in plan.notes.items() if "does not divide" in note]
     assert misfits
     for name in misfits:
-        assert plan.layers[name].weight == weight_spec(8, 0)
+        assert plan.layers[name].weight == weight_preset("int8")
         assert matrix_shape(quantizable(NETWORKS["sd32"])[name])[1] % 64
         text = r"\(\w+ \d+->\d+\) has 8-bit weights: group size 64 does not divide \d+ input feat"
         assert re.match(text, plan.notes[name])
     fits = [spec for name, spec in plan.layers.items() if name not in misfits]
-    assert any(spec.weight == weight_spec(4, 64) for spec in fits)
+    assert any(spec.weight == weight_preset("int4-g64") for spec in fits)
 
 
 def test_a_group_that_fits_nothing_is_an_error_that_names_divisors() -> None:
-    text = r"group 97 fits no layer of the model; .*group size 97 does not divide .*near it: \d+"
+    text = r"int4-g97 fits no layer of the model; .*group size 97 does not divide .*near it: \d+"
     with pytest.raises(DQError, match=text):
-        plan_of("sd32", weight_bits=4, group=97)
+        plan_of("sd32", weights="int4-g97")
 
 
 @each
@@ -110,14 +110,14 @@ def test_a_group_that_fits_nothing_is_an_error_that_names_divisors() -> None:
 def test_roles_are_skipped_or_kept_wide(name: str, role: Role) -> None:
     model = NETWORKS[name]
     roles = family_of(model).roles(model)
-    skipped = plan_of(name, weight_bits=4, skip_roles=(role,))
-    wide = plan_of(name, weight_bits=4, wide_roles=(role,))
+    skipped = plan_of(name, weights="int4", skip_roles=(role,))
+    wide = plan_of(name, weights="int4", wide_roles=(role,))
     for layer, its_role in roles.items():
         if its_role == role:
             assert layer not in skipped.layers
             assert f"role {role} is skipped" in skipped.notes[layer]
             if layer in wide.layers:
-                assert wide.layers[layer].weight == weight_spec(8, 0)
+                assert wide.layers[layer].weight == weight_preset("int8")
 
 
 def test_small_layers_stay_float_with_a_note() -> None:
@@ -133,11 +133,12 @@ def test_small_layers_stay_float_with_a_note() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"weight_bits": 1}, "weight_bits is 2 to 8, not 1"),
-        ({"weight_bits": 9}, "weight_bits is 2 to 8, not 9"),
-        ({"input_bits": 1}, "input_bits is 2 to 8, or 16 for floating point, not 1"),
-        ({"input_bits": 15}, "input_bits is 2 to 8, or 16 for floating point, not 15"),
-        ({"inputs": "statc"}, "unknown value of inputs 'statc'. Did you mean 'static'"),
+        ({"weights": "int1"}, "unknown weight format 'int1'. Did you mean 'int"),
+        ({"weights": "uint8"}, "weights are signed; uint8 is not"),
+        ({"wide": "int9"}, "unknown weight format 'int9'"),
+        ({"inputs": "int1"}, "unknown input format 'int1'. Did you mean 'int"),
+        ({"wide_inputs": "e9m9"}, "unknown input format 'e9m9'"),
+        ({"dynamic": "statc"}, "unknown value of dynamic 'statc'. Did you mean 'static'"),
         ({"skip_roles": ("skipp",)}, "unknown role 'skipp'. Did you mean 'skip'"),
         ({"wide_roles": ("tim",)}, "unknown role 'tim'. Did you mean 'time'"),
     ],
@@ -157,10 +158,12 @@ def test_an_unknown_observer_is_named() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight_bits": 8, "group": 64}, "8-bit weights take no groups.*drop group 64"),
-        ({"weight_bits": 4, "group": -1}, "group is a number of weights, or 0 for none, not -1"),
+        ({"weights": "int8-g64"}, "8-bit integers take no groups.*drop -g64"),
+        ({"weights": "int4-g-1"}, "unknown weight format 'int4-g-1'"),
+        ({"weights": "nvfp4-g32"}, "nvfp4 has blocks of 16"),
+        ({"weights": "int4-floor"}, "only nvfp4, .* have scales that a rule finds"),
     ],
 )
-def test_groups_that_cannot_be(settings: dict[str, int], message: str) -> None:
+def test_groups_that_cannot_be(settings: dict[str, str], message: str) -> None:
     with pytest.raises(DQError, match=message):
         PTQ(**settings)

@@ -11,7 +11,7 @@ from dq.nn import PackedLinear, QuantLinear
 from dq.nn.kept import KNOWN, OTHER, ZERO, kinds, note
 from dq.nn.simulated import simulate
 from dq.plan import LayerSpec
-from dq.presets import weight_spec
+from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec
 
 STATIC = TensorSpec("int8", Granularity("tensor"), symmetric=False)
@@ -30,7 +30,7 @@ def layers(
     """A float layer, its simulated form for inputs within [-4, 4], and its packed one."""
     torch.manual_seed(3)
     float_layer = nn.Linear(WIDTH, ROWS, bias=bias).requires_grad_(False)
-    spec = LayerSpec(weight_spec(bits, 32 if bits <= 4 else 0), STATIC, kept_every=every)
+    spec = LayerSpec(weight_preset(f"int{bits}"), STATIC, kept_every=every)
     simulated = simulate(float_layer, spec)
     simulated.set_input(torch.tensor([-4.0]), torch.tensor([4.0]), reference())
     packed = PackedLinear(float_layer, spec)
@@ -141,7 +141,7 @@ def test_gradients_of_adapters_reach_the_prompt() -> None:
 
 
 def test_it_needs_a_static_linear_layer_that_was_calibrated() -> None:
-    weight = weight_spec(8, 0)
+    weight = weight_preset("int8")
     with pytest.raises(DQError, match="kept tokens need a static input"):
         LayerSpec(weight, kept_every=77)
     dynamic = TensorSpec("int8", Granularity("token"), dynamic=True)

@@ -8,14 +8,14 @@ from dq.distance import relative_error
 from dq.errors import DQError
 from dq.nn.packed import COMPANIONS, TENSORS, PackedLayer, packed
 from dq.plan import LayerSpec
-from dq.presets import weight_spec
+from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec
 from tests.nn.layers import LAYERS, build, calibrated
 from tests.specs import WEIGHTS, layer_specs
 
 STATIC = TensorSpec("int8", Granularity("tensor"), symmetric=False)
 DYNAMIC = TensorSpec("int8", Granularity("token"), dynamic=True)
-W4A8 = LayerSpec(weight_spec(4, 8), STATIC)
+W4A8 = LayerSpec(weight_preset("int4-g8"), STATIC)
 
 each = pytest.mark.parametrize("name", LAYERS)
 
@@ -44,7 +44,9 @@ def test_packed_layers_equal_the_simulated_ones(spec: LayerSpec, dtype: torch.dt
 
 
 @pytest.mark.parametrize("name", ["linear", "conv"])
-@pytest.mark.parametrize("weight", [weight_spec(8, 0), weight_spec(4, 8), WEIGHTS[0]], ids=str)
+@pytest.mark.parametrize(
+    "weight", [weight_preset("int8"), weight_preset("int4-g8"), WEIGHTS[0]], ids=str
+)
 @pytest.mark.parametrize("format", ["int8", "int5", "e4m3"])
 def test_segments_survive_packing(name: str, weight: TensorSpec, format: str) -> None:
     low = TensorSpec(format, Granularity("tensor"), symmetric=format == "e4m3")
@@ -86,7 +88,7 @@ def test_layers_remain_what_the_model_expects(name: str) -> None:
 
 
 @each
-@pytest.mark.parametrize("spec", [W4A8, LayerSpec(weight_spec(8, 0), DYNAMIC)], ids=str)
+@pytest.mark.parametrize("spec", [W4A8, LayerSpec(weight_preset("int8"), DYNAMIC)], ids=str)
 def test_state_dicts_carry_everything(name: str, spec: LayerSpec) -> None:
     made, _, x = pack(name, spec)
     layer, _ = build(name)
@@ -165,9 +167,9 @@ def test_moves_to_another_device_keep_the_dtypes() -> None:
     ("name", "spec", "path"),
     [
         ("linear", W4A8, "int8 gemm (oneDNN)"),
-        ("linear", LayerSpec(weight_spec(8, 0), DYNAMIC), "int8 gemm (oneDNN)"),
+        ("linear", LayerSpec(weight_preset("int8"), DYNAMIC), "int8 gemm (oneDNN)"),
         ("conv", W4A8, "int8 conv (oneDNN)"),
-        ("linear", LayerSpec(weight_spec(4, 8)), "unpack to float32, stock kernel"),
+        ("linear", LayerSpec(weight_preset("int4-g8")), "unpack to float32, stock kernel"),
         ("same conv", W4A8, "simulated"),
         ("reflect conv", W4A8, "simulated"),
         ("linear", LayerSpec(TensorSpec("int4", Granularity("group", 8)), STATIC), "simulated"),
@@ -180,13 +182,13 @@ def test_layers_say_what_they_really_compute(name: str, spec: LayerSpec, path: s
 
 
 def test_the_path_names_the_dtype_that_is_unpacked_to() -> None:
-    made, _, _ = pack("linear", LayerSpec(weight_spec(4, 8)))
+    made, _, _ = pack("linear", LayerSpec(weight_preset("int4-g8")))
     assert made.bfloat16().path() == "unpack to bfloat16, stock kernel"
 
 
 def test_float_layers_are_packed_without_calibration_if_the_spec_needs_none() -> None:
     layer, x = build("linear")
-    spec = LayerSpec(weight_spec(4, 8), DYNAMIC)
+    spec = LayerSpec(weight_preset("int4-g8"), DYNAMIC)
     made = packed(layer, spec)
     made.load_layer(layer)
     expected, _, _ = pack("linear", spec)

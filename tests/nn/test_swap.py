@@ -14,11 +14,11 @@ from dq.nn import (
 )
 from dq.nn.swap import exchanged, replace
 from dq.plan import LayerSpec, Plan
-from dq.presets import weight_spec
+from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec
 
-W4 = LayerSpec(weight_spec(4, 4))
-W8 = LayerSpec(weight_spec(8, 0), TensorSpec("int8", Granularity("token"), dynamic=True))
+W4 = LayerSpec(weight_preset("int4-g4"))
+W8 = LayerSpec(weight_preset("int8"), TensorSpec("int8", Granularity("token"), dynamic=True))
 
 
 class Net(nn.Module):
@@ -162,7 +162,7 @@ def test_a_layer_that_fails_is_named_and_nothing_is_installed() -> None:
 
 
 def test_a_group_that_does_not_fit_names_layer_and_divisors() -> None:
-    plan = Plan("Net", {"conv": LayerSpec(weight_spec(4, 96))})
+    plan = Plan("Net", {"conv": LayerSpec(weight_preset("int4-g96"))})
     text = r"conv \(Conv2d 4->8\): group size 96 does not divide 36 .* near it: 12, 18, 36"
     with pytest.raises(DQError, match=text):
         install(Net(), plan)
