@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 
 from dq.errors import DQError, inside
 from dq.nn import describe
+from dq.nn.changed import entered
 from dq.nn.simulated import segments
 from dq.observers import Observer, observers
 from dq.plan import LayerSpec, Plan
 from dq.progress import track
+from dq.transform import NO_TRANSFORM, Transform
 from dq.work import Work
 
 __all__ = [
@@ -242,15 +245,23 @@ class Calibration:
         for call in calls:
             yield self.model(**_moved(call, parameter.device), return_dict=False)[0]
 
-    def input_ranges(self, plan: Plan) -> InputRanges:
+    def input_ranges(
+        self, plan: Plan, transforms: Mapping[str, Transform] = MappingProxyType({})
+    ) -> InputRanges:
         """Return the range of each segment of each static input of the plan.
+
+        Args:
+            plan: What is wanted.
+            transforms: By layer, where inputs are changed before they are quantized.
 
         Raises:
             DQError: If a layer sees values that are not finite, or is never reached.
         """
-        return self.ranges_of([plan])[0]
+        return self.ranges_of([plan], transforms)[0]
 
-    def ranges_of(self, plans: Sequence[Plan]) -> list[InputRanges]:
+    def ranges_of(
+        self, plans: Sequence[Plan], transforms: Mapping[str, Transform] = MappingProxyType({})
+    ) -> list[InputRanges]:
         """Return the input ranges of several plans, observed in one pass."""
         wanted = [{n: s for n, s in plan.layers.items() if s.is_static} for plan in plans]
         if not any(wanted):
@@ -259,7 +270,7 @@ class Calibration:
         stored = self.work.load(stage)
         names = {f"{i}.{name}" for i, specs in enumerate(wanted) for name in specs}
         if stored is None or {n.rpartition(".")[0] for n in stored} != names:
-            stored = self._observe(wanted)
+            stored = self._observe(wanted, transforms)
             self.work.save(stage, stored)
         return [
             {
@@ -269,13 +280,16 @@ class Calibration:
             for i, specs in enumerate(wanted)
         ]
 
-    def _observe(self, wanted: Sequence[Mapping[str, LayerSpec]]) -> dict[str, Tensor]:
+    def _observe(
+        self, wanted: Sequence[Mapping[str, LayerSpec]], transforms: Mapping[str, Transform]
+    ) -> dict[str, Tensor]:
         layers = {name: self.model.get_submodule(name) for specs in wanted for name in specs}
         watchers: dict[str, dict[int, _SegmentObserver]] = {name: {} for name in layers}
         for index, specs in enumerate(wanted):
             for name, spec in specs.items():
                 place = describe(name, layers[name])
-                watchers[name][index] = _SegmentObserver(place, layers[name], spec)
+                changed = transforms.get(name, NO_TRANSFORM)
+                watchers[name][index] = _SegmentObserver(place, layers[name], spec, changed)
 
         def seen(name: str, x: Tensor) -> None:
             for watcher in watchers[name].values():
@@ -306,10 +320,12 @@ def _moved(value: Any, device: torch.device) -> Any:
 class _SegmentObserver:
     """One observer for each channel segment of a layer's input."""
 
-    def __init__(self, place: str, layer: nn.Module, spec: LayerSpec) -> None:
+    def __init__(self, place: str, layer: nn.Module, spec: LayerSpec, transform: Transform) -> None:
         assert isinstance(layer, (nn.Linear, nn.Conv2d))  # plans name no other layers
         assert spec.input is not None  # the caller has filtered
         self.place = place
+        self.layer = layer
+        self.transform = transform
         self.every = spec.kept_every
         self.kept: Tensor | None = None
         self.axis = -1 if isinstance(layer, nn.Linear) else 1
@@ -319,6 +335,7 @@ class _SegmentObserver:
 
     def update(self, x: Tensor) -> None:
         """Take in one input of the layer; kept tokens do not widen its range."""
+        x = entered(self.layer, x, self.transform)
         if self.every:
             x = self._without_kept(x)
         for observer, part in zip(self.observers, x.split(self.sizes, self.axis), strict=True):

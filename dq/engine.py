@@ -113,7 +113,7 @@ def start(model: nn.Module, recipe: Recipe, source: Source | None, folder: Path 
     plan = Plan(type(model).__name__, {})
     calibration = Calibration(model, source, recipe.calibration, Work(folder))
     generator = torch.Generator().manual_seed(recipe.calibration.seed)
-    return Job(model, family_of(model), plan, calibration, generator)
+    return Job(model, family_of(model), plan, calibration, generator=generator)
 
 
 def _install(job: Job) -> None:
@@ -123,8 +123,8 @@ def _install(job: Job) -> None:
     """
     there = {n: m.spec for n, m in job.model.named_modules() if isinstance(m, QuantLayer)}
     changed = {n: spec for n, spec in job.plan.layers.items() if there.get(n) != spec}
-    ranges = job.calibration.input_ranges(replace(job.plan, layers=changed))
-    install(job.model, job.plan)
+    ranges = job.calibration.input_ranges(replace(job.plan, layers=changed), job.transforms)
+    install(job.model, job.plan, transforms=job.transforms)
     for name, found in ranges.items():
         layer = job.model.get_submodule(name)
         assert isinstance(layer, QuantLayer)  # installed above

@@ -11,6 +11,7 @@ from dq.calibrate import Calibration
 from dq.family import Family
 from dq.plan import Plan
 from dq.registry import Registry
+from dq.transform import Transform
 
 __all__ = ["Job", "Method", "methods"]
 
@@ -24,6 +25,7 @@ class Job:
         family: What is known about it.
         plan: The decisions so far.
         calibration: Captured calls, made on first use.
+        transforms: Of the inputs of layers whose spec has one, by layer.
         generator: Source of every random number that a method draws.
     """
 
@@ -31,6 +33,7 @@ class Job:
     family: Family
     plan: Plan
     calibration: Calibration
+    transforms: dict[str, Transform] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
 

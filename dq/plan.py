@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from dq.errors import DQError, inside, unknown
 from dq.spec import TensorSpec
+from dq.transform import TransformSpec
 
 __all__ = ["PLAN_VERSION", "LayerSpec", "Plan", "match"]
 
@@ -41,12 +42,14 @@ class LayerSpec:
             from parts of different range (UNet skip connections); empty for one segment.
         kept_every: The first of every so many tokens, the begin-of-sentence token of a prompt, is
             computed apart and never quantized; 0 for no such token. See `dq.nn.kept`.
+        transform: How the input is changed before it is quantized, and the weight with it.
     """
 
     weight: TensorSpec
     input: TensorSpec | None = None
     input_splits: tuple[int, ...] = ()
     kept_every: int = 0
+    transform: TransformSpec | None = None
 
     def __post_init__(self) -> None:
         if self.weight.dynamic or self.weight.granularity.kind not in ("channel", "group"):
@@ -55,6 +58,10 @@ class LayerSpec:
             raise DQError(f"kept_every is a number of tokens, not {self.kept_every}")
         if self.kept_every and not self.is_static:
             raise DQError("kept tokens need a static input: others have a scale of their own")
+        if self.kept_every and self.transform is not None:
+            raise DQError("a layer has kept tokens or a transform, not both")
+        if self.input_splits and self.transform is not None and self.transform.rotation:
+            raise DQError("a rotation would mix the channels of input_splits")
         if self.input is None:
             if self.input_splits:
                 raise DQError("input_splits without a quantized input")
@@ -76,13 +83,21 @@ class LayerSpec:
         """Whether the input has scales that calibration must find."""
         return self.input is not None and not self.input.dynamic
 
-    def bytes(self, rows: int, columns: int) -> int:
-        """Return the bytes that a layer of N = rows and K = columns takes beside its bias."""
+    def bytes(self, rows: int, columns: int, channels: int = 0) -> int:
+        """Return the bytes that a layer of N = rows and K = columns takes beside its bias.
+
+        Args:
+            rows: N.
+            columns: K.
+            channels: Of the input; 0 for as many as columns.
+        """
         total = self.weight.bytes(rows, columns)
         if self.is_static:
             total += 8 * max(len(self.input_splits), 1)  # a scale and a zero, float32 each
         if self.kept_every:
             total += 4 * (rows + columns)  # what the kept token is, and what becomes of it
+        if self.transform is not None:
+            total += self.transform.bytes(channels or columns)
         return total
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,6 +109,8 @@ class LayerSpec:
             values["input_splits"] = list(self.input_splits)
         if self.kept_every:
             values["kept_every"] = self.kept_every
+        if self.transform is not None:
+            values["transform"] = dataclasses.asdict(self.transform)
         return values
 
     @classmethod
@@ -108,12 +125,14 @@ class LayerSpec:
             input=TensorSpec.from_dict(values["input"]) if "input" in values else None,
             input_splits=tuple(values.get("input_splits", ())),
             kept_every=values.get("kept_every", 0),
+            transform=TransformSpec(**values["transform"]) if "transform" in values else None,
         )
 
     def __str__(self) -> str:
         split = f" split {'+'.join(map(str, self.input_splits))}" if self.input_splits else ""
         kept = f" keeps 1 of {self.kept_every} tokens" if self.kept_every else ""
-        return f"{self.weight} | {self.input or 'float'}{split}{kept}"
+        changed = "" if self.transform is None else f" {self.transform}"
+        return f"{self.weight} | {self.input or 'float'}{split}{kept}{changed}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dq.kernels.layout import scratch_bytes
 from dq.nn import matrix_shape, packed_layers
+from dq.nn.layers import input_channels
 from dq.nn.packed import TENSORS
 
 __all__ = ["Footprint", "LayerReport", "footprint", "planned_bytes"]
@@ -87,7 +88,9 @@ def _bytes(tensor: Tensor) -> int:
 def planned_bytes(model: nn.Module) -> tuple[int, int]:
     """Return (bytes of packed weights and input scales, bytes of everything) as the plan says."""
     layers = packed_layers(model)
-    packed = sum(layer.spec.bytes(*matrix_shape(layer)) for layer in layers.values())
+    packed = sum(
+        layer.spec.bytes(*matrix_shape(layer), input_channels(layer)) for layer in layers.values()
+    )
     inside = {f"{name}.{leaf}" for name in layers for leaf in TENSORS}
     rest = sum(_bytes(t) for name, t in model.state_dict().items() if name not in inside)
     return packed, packed + rest
@@ -111,7 +114,7 @@ def footprint(model: nn.Module) -> Footprint:
                 f"{spec.input or 'float'}{', 1 token kept' if spec.kept_every else ''}",
                 layer.path(),
                 rows * columns,
-                spec.bytes(rows, columns),
+                spec.bytes(rows, columns, input_channels(layer)),
             )
         )
     packed, total = planned_bytes(model)

@@ -17,8 +17,8 @@ from dq.recipe import Recipe
 from tests.models import MODELS, ModelCase
 from tests.sources import Samples
 
-STATIC = Recipe("static", (PTQ(8, 8, inputs="static"),))
-DYNAMIC = Recipe("dynamic", (PTQ(4, 8, inputs="dynamic"),))
+STATIC = Recipe("static", (PTQ("int8", "int8", dynamic="static"),))
+DYNAMIC = Recipe("dynamic", (PTQ("int4", "int8", dynamic="dynamic"),))
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ def test_quantizing_twice_is_an_error() -> None:
     assert same(snapshot(model), state)
 
 
-TWO_STEPS = Recipe("two", (PTQ(8, 8, inputs="static", input_observer="absmax"), *STATIC.steps))
+TWO_STEPS = Recipe(
+    "two", (PTQ("int8", "int8", dynamic="static", input_observer="absmax"), *STATIC.steps)
+)
 
 
 @pytest.mark.parametrize("recipe", [STATIC, TWO_STEPS], ids=lambda recipe: recipe.name)
@@ -203,7 +205,7 @@ def test_another_job_does_not_take_over_the_work(tmp_path: Path) -> None:
 def test_what_a_step_drops_stays_float() -> None:
     model = network()
     roles = family_of(model).roles(model)
-    second = PTQ(8, 8, inputs="dynamic", skip_roles=("feed-forward",))
+    second = PTQ("int8", "int8", dynamic="dynamic", skip_roles=("feed-forward",))
     plan = quantize(model, Recipe("two", (*DYNAMIC.steps, second)))
     assert set(packed_layers(model)) == set(plan.layers)
     assert all(roles[name] != "feed-forward" for name in plan.layers)
@@ -212,7 +214,7 @@ def test_what_a_step_drops_stays_float() -> None:
 def test_notes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = network()
     with caplog.at_level("INFO", logger="dq"):
-        plan = quantize(model, Recipe("skips", (PTQ(8, 8, skip_roles=("io",)),)))
+        plan = quantize(model, Recipe("skips", (PTQ("int8", "int8", skip_roles=("io",)),)))
     assert plan.notes
     for name, note in plan.notes.items():
         assert f"{name}: {note}" in caplog.text

@@ -10,10 +10,11 @@ from tests.modules import MODULES
 LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.folders dq.memory "
     "dq.tables dq.kernels dq.checkpoints dq.allocation",
-    "dq.formats dq.spec dq.blocks dq.quantize dq.scales dq.observers dq.storage dq.presets",
+    "dq.formats dq.transform dq.spec dq.blocks dq.quantize dq.scales dq.observers dq.storage "
+    "dq.presets dq.rounding",
     "dq.plan",
     "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.tune dq.family dq.runtime "
-    "dq.sensitivity",
+    "dq.moments dq.sensitivity",
     "dq.method dq.engine dq.recipe dq.integration dq.registration",
     "dq.methods",
     "dq.pipelines dq.eval",

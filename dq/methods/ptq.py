@@ -16,6 +16,7 @@ from dq.errors import DQError, unknown
 from dq.family import SMALLEST, WIDE_ROLES, Role, check_scaling, quantizable
 from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
+from dq.methods.suffix import ROUNDING, rounding
 from dq.nn import describe, matrix_shape
 from dq.nn.layers import Layer, input_channels
 from dq.plan import LayerSpec, Plan
@@ -134,10 +135,11 @@ def _build(found: re.Match[str]) -> Recipe:
     inputs = FLOAT if found["input"] == "16" else f"int{found['input']}"
     ptq = PTQ(weights, inputs, dynamic=found["scales"] or "auto")
     static = inputs != FLOAT and ptq.dynamic != "dynamic"
-    return Recipe(found[0], (ptq, BOS()) if static else (ptq,))
+    kept = (BOS(),) if static else ()
+    return Recipe(found[0], (ptq, *kept, *rounding(found, "rtn")))
 
 
-_SUFFIX = r"(-g(?P<group>\d+))?(-(?P<scales>static|dynamic))?"
+_SUFFIX = r"(-g(?P<group>\d+))?(-(?P<scales>static|dynamic))?" + ROUNDING
 _LINES = {
     "w8a8": "8-bit weights and inputs: integer products everywhere",
     "w4a8": "4-bit weights in groups of 32, 8-bit inputs: exact integer products",
@@ -153,7 +155,8 @@ templates.add(
     "wXaY",
     Template(
         rf"w(?P<weight>[2-8])a(?P<input>[2-8]|16){_SUFFIX}",
-        "any X of 2 to 8, Y of 2 to 8 or 16; -g64 sets the group, -static or -dynamic the inputs",
+        "any X of 2 to 8, Y of 2 to 8 or 16; -g64 sets the group, -static or -dynamic the inputs, "
+        "-gptq or -adaround the rounding",
         _build,
     ),
 )

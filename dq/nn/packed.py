@@ -20,20 +20,24 @@ from dq.formats import IntFormat
 from dq.kernels import Arguments, ConvArguments, Kernel, Site, choose
 from dq.kernels.kernel import stamp_of
 from dq.kernels.onednn import forget, resident_bytes
+from dq.nn.changed import conv_groups, convolved, entered
 from dq.nn.kept import apart
-from dq.nn.layers import Layer, constructor, matrix_shape
+from dq.nn.layers import Layer, constructor, input_channels, matrix_shape
 from dq.nn.quantizer import Quantizer
-from dq.nn.simulated import QuantLayer, fake_input, segments
+from dq.nn.simulated import QuantLayer, fake_input, segments, simulate
 from dq.plan import LayerSpec
 from dq.quantize import fake_quantize, quantize
 from dq.scales import Scales
 from dq.spec import TensorSpec
 from dq.storage import pack_weight, stored_shapes, unpack_weight
+from dq.transform import Transform
 
 __all__ = ["COMPANIONS", "TENSORS", "PackedConv2d", "PackedLayer", "PackedLinear", "packed"]
 
 # What a plain layer does not have.
-COMPANIONS = ("weight_scale", "input_affine", "kept_input", "kept_output")
+COMPANIONS = (
+    "weight_scale", "input_affine", "input_shift", "input_scale", "kept_input", "kept_output",
+)  # fmt: skip
 TENSORS = ("weight", *COMPANIONS)
 
 
@@ -47,6 +51,8 @@ class PackedLayer(nn.Module):
         weight_scale: `(N,)` or `(N, G)` float32.
         input_affine: `(S, 2)` float32, scale and code of zero of each segment of a static input;
             None if it is dynamic or float.
+        input_shift: `(C,)` float32, taken off the input first, or None: `dq.transform`.
+        input_scale: `(C,)` float32, that the input is divided by then, or None.
         kept_input: `(K,)` float32, the token that is computed apart, or None: `dq.nn.kept`.
         kept_output: `(N,)` float32, what full precision makes of it, or None.
         compute_dtype: Dtype that the layer expects its input in; models ask for it.
@@ -61,6 +67,8 @@ class PackedLayer(nn.Module):
     bias: Any  # Linear and Conv2d of torch type it differently
     weight_scale: Tensor
     input_affine: Tensor | None
+    input_shift: Tensor | None
+    input_scale: Tensor | None
     kept_input: Tensor | None
     kept_output: Tensor | None
     compute_dtype: torch.dtype
@@ -84,6 +92,11 @@ class PackedLayer(nn.Module):
         self.weight = nn.Parameter(empty, requires_grad=False)
         if spec.is_static:
             shapes["input_affine"] = ((len(self.sizes), 2), torch.float32)
+        changed = spec.transform
+        if changed is not None and changed.shift:
+            shapes["input_shift"] = ((input_channels(layer),), torch.float32)
+        if changed is not None and changed.scale:
+            shapes["input_scale"] = ((input_channels(layer),), torch.float32)
         if spec.kept_every:
             shapes["kept_input"] = ((self.columns,), torch.float32)
             shapes["kept_output"] = ((self.rows,), torch.float32)
@@ -93,9 +106,10 @@ class PackedLayer(nn.Module):
                 shape, dtype = shapes[name]
                 value = torch.empty(shape, dtype=dtype, device=device)
             self.register_buffer(name, value)
-        if layer.bias is not None:
+        if layer.bias is not None or "input_shift" in shapes:
             bias = torch.empty(self.rows, dtype=self.compute_dtype, device=device)
-            self.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+            learns = layer.bias is not None and layer.bias.requires_grad
+            self.bias = nn.Parameter(bias, requires_grad=learns)
         self.remembers = False
         self.keep_int8 = spec.weight.grid.bits == 8
         self._numbers = self._describe()
@@ -107,24 +121,27 @@ class PackedLayer(nn.Module):
         Raises:
             DQError: If the input is static and `layer` does not know its range.
         """
-        simulated = layer if isinstance(layer, QuantLayer) else None
-        if simulated is None:
-            if self.input_affine is not None:
-                raise DQError("it has no scales yet: static inputs need a calibration first")
-            quantizer = Quantizer(self.spec.weight)
-            quantizer.fit(layer.weight.flatten(1))
-        else:
-            quantizer = simulated.weight_quantizer
-            self._load_input(simulated)
-            self._load_kept(simulated)
-        matrix = layer.weight.detach().flatten(1)
-        codes = quantize(matrix, quantizer.scales, self.spec.weight)
-        state = pack_weight(codes, quantizer.scales, self.spec.weight)
+        simulated = layer if isinstance(layer, QuantLayer) else self._simulated(layer)
+        self._load_input(simulated)
+        self._load_kept(simulated)
+        self.input_shift, self.input_scale, _ = simulated.transform
+        matrix = simulated.matrix().detach()
+        scales, weight = simulated.weight_quantizer.scales, self.spec.weight
+        codes = quantize(matrix, scales, weight) if simulated.codes is None else simulated.codes
+        state = pack_weight(codes, scales, weight)
         self.weight = nn.Parameter(state["weight"].view(self.weight.shape), requires_grad=False)
         self.weight_scale = state["weight_scale"]
-        self.bias = layer.bias
+        bias = simulated.changed_bias()
+        self.bias = bias if bias is None or bias is layer.bias else nn.Parameter(bias, False)
         self.train(layer.training)
         self.path(matrix.device.type)
+
+    def _simulated(self, layer: Layer) -> QuantLayer:
+        """Choose the scales of a float layer that no calibration has seen."""
+        if self.spec.is_static:
+            raise DQError("it has no scales yet: static inputs need a calibration first")
+        rotation = 0 if self.spec.transform is None else self.spec.transform.rotation
+        return simulate(layer, self.spec, transform=Transform(rotation=rotation))
 
     def _load_input(self, layer: QuantLayer) -> None:
         if self.input_affine is None:
@@ -154,6 +171,23 @@ class PackedLayer(nn.Module):
         """Return the weight that the codes stand for, float32, in the layer's own shape."""
         state = {"weight": self.weight.flatten(1), "weight_scale": self.weight_scale}
         return unpack_weight(state, self.spec.weight, self.columns).view(self.float_shape)
+
+    @property
+    def transform(self) -> Transform:
+        """How the input is changed before it is quantized."""
+        spec = self.spec.transform
+        rotation = 0 if spec is None else spec.rotation
+        return Transform(self.input_shift, self.input_scale, rotation)
+
+    def plain(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias for inputs that are not changed, float32."""
+        weight, bias = self.float_weight(), self.bias
+        if self.spec.transform is None:
+            return weight, bias
+        groups = conv_groups(self)
+        weight = self.transform.restored(weight, groups)
+        offset = self.transform.offset(weight, groups)
+        return weight, bias if offset is None else bias.detach().float() - offset
 
     @property
     def float_shape(self) -> tuple[int, ...]:
@@ -227,6 +261,7 @@ class PackedLayer(nn.Module):
 
     def _simulated_input(self, x: Tensor) -> Tensor:
         low = self.spec.input
+        x = entered(self, x, self.transform)
         if low is None:
             return x
         steps: list[Callable[[Tensor], Tensor]] = [Quantizer(low)]
@@ -363,7 +398,8 @@ class PackedLinear(PackedLayer, nn.Linear):
 
     def run(self, kernel: Kernel, x: Tensor) -> Tensor:
         """See `PackedLayer`."""
-        return self._kept_apart(x, kernel.run(x, self.arguments()), self.bias)
+        entering = entered(self, x, self.transform)
+        return self._kept_apart(x, kernel.run(entering, self.arguments()), self.bias)
 
     def simulate(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `PackedLayer`."""
@@ -402,22 +438,24 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def _servable(self) -> bool:
+        if self.input_shift is not None:
+            return True  # its images are padded before they come to a kernel
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     def _geometry(self) -> ConvArguments:
-        padding = [int(p) for p in self.padding]
+        padding = [0, 0] if self.input_shift is not None else [int(p) for p in self.padding]
         return ConvArguments(
             list(self.kernel_size), list(self.stride), padding, list(self.dilation), self.groups
         )
 
     def run(self, kernel: Kernel, x: Tensor) -> Tensor:
         """See `PackedLayer`."""
-        return kernel.run(x, self.arguments(), self._geometry())
+        return kernel.run(entered(self, x, self.transform), self.arguments(), self._geometry())
 
     def simulate(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `PackedLayer`."""
         weight = self.float_weight().to(x.dtype)
-        return self._conv_forward(self._simulated_input(x), weight, bias)
+        return convolved(self, self._simulated_input(x), weight, bias)
 
 
 def packed(

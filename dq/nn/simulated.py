@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
+from dq.nn.changed import changed_bias, conv_groups, convolved, entered
 from dq.nn.kept import apart
 from dq.nn.layers import Layer, constructor, input_channels
 from dq.nn.quantizer import Quantizer
 from dq.plan import LayerSpec
+from dq.quantize import dequantize
 from dq.scales import Scales
 from dq.spec import TensorSpec
+from dq.transform import NO_TRANSFORM, Transform
 
 __all__ = ["QuantConv2d", "QuantLayer", "QuantLinear", "fake_input", "segments", "simulate"]
 
@@ -56,6 +59,9 @@ class QuantLayer:
         weight_quantizer: Fake-quantizes the weight, seen as `(N, K)`.
         input_quantizers: One a segment of the input; empty if the input stays float.
         kept_input: `(K,)`, the token that is computed apart, if there is one: `dq.nn.kept`.
+        codes: `(N, K)` uint8, what a rounding method has made of the weight; None where it is
+            rounded to nearest.
+        transform: How input and weight are changed before; changes nothing by default.
     """
 
     spec: LayerSpec
@@ -64,18 +70,25 @@ class QuantLayer:
     weight_quantizer: Quantizer
     input_quantizers: nn.ModuleList
     kept_input: Tensor | None = None
+    codes: Tensor | None = None
+    transform: Transform = NO_TRANSFORM
     axis: int  # of the channels
 
-    def _take(self, layer: Layer, spec: LayerSpec, scales: Scales | None) -> None:
+    def _take(
+        self, layer: Layer, spec: LayerSpec, scales: Scales | None, transform: Transform
+    ) -> None:
         """Share the parameters of `layer`; choose the scales of its weight if none are given."""
         if spec.kept_every and not isinstance(layer, nn.Linear):
             raise DQError("kept tokens are those of a linear layer; images have none")
+        if transform.spec != spec.transform:
+            raise DQError(f"its input is to be {spec.transform}, and no numbers are there for it")
         self.spec = spec
+        self.transform = transform
         self.weight = layer.weight
         self.bias = layer.bias
         self.weight_quantizer = Quantizer(spec.weight)
         if scales is None:
-            self.weight_quantizer.fit(layer.weight.flatten(1))
+            self.weight_quantizer.fit(self.matrix())
         else:
             self.weight_quantizer.set_scales(scales)
         self.sizes = segments(layer, spec)
@@ -95,12 +108,31 @@ class QuantLayer:
             quantizer.set_range(low[index], high[index])
         self.kept_input = kept
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return fake-quantized input and weight, in the dtype of the input."""
+    def matrix(self) -> Tensor:
+        """Return the weight `(N, K)` that is quantized, floating point."""
+        if self.spec.transform is None:
+            return self.weight.flatten(1)
+        return self.transform.weight(self.weight, conv_groups(self)).flatten(1)
+
+    def rounded_weight(self) -> Tensor:
+        """Return the weight that is computed with, float32, in the layer's own shape."""
+        if self.codes is not None:
+            quantizer = self.weight_quantizer
+            rounded = dequantize(self.codes, quantizer.scales, quantizer.spec)
+        else:
+            rounded = self.weight_quantizer(self.matrix())
+        return rounded.view(self.weight.shape)
+
+    def changed_bias(self) -> Tensor | None:
+        """Return the bias that belongs to the changed input."""
+        return changed_bias(self.weight, self.bias, self.transform, conv_groups(self))
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Return what the weight meets: the input padded, changed and fake-quantized."""
+        x = entered(self, x, self.transform)
         if len(self.input_quantizers) and self.spec.input is not None:
             x = fake_input(x, self.input_quantizers, self.sizes, self.axis, self.spec.input)
-        weight = self.weight_quantizer(self.weight.flatten(1)).view(self.weight.shape)
-        return x, weight.to(x.dtype)
+        return x
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -108,14 +140,20 @@ class QuantLinear(QuantLayer, nn.Linear):
 
     axis = -1
 
-    def __init__(self, layer: nn.Linear, spec: LayerSpec, scales: Scales | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Linear,
+        spec: LayerSpec,
+        scales: Scales | None = None,
+        transform: Transform = NO_TRANSFORM,
+    ) -> None:
         nn.Linear.__init__(self, **constructor(layer))
-        self._take(layer, spec, scales)
+        self._take(layer, spec, scales, transform)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., in)` to `(..., out)`."""
-        operand, weight = self._operands(x)
-        y = nn.functional.linear(operand, weight, self.bias)
+        operand, weight = self.operand(x), self.rounded_weight().to(x.dtype)
+        y = nn.functional.linear(operand, weight, self.changed_bias())
         every, known = self.spec.kept_every, self.kept_input
         if not every or known is None:
             return y
@@ -128,18 +166,27 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     axis = 1
 
-    def __init__(self, layer: nn.Conv2d, spec: LayerSpec, scales: Scales | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Conv2d,
+        spec: LayerSpec,
+        scales: Scales | None = None,
+        transform: Transform = NO_TRANSFORM,
+    ) -> None:
         nn.Conv2d.__init__(self, **constructor(layer))
-        self._take(layer, spec, scales)
+        self._take(layer, spec, scales, transform)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, in, H, W)` to `(B, out, H', W')`."""
-        x, weight = self._operands(x)
-        return self._conv_forward(x, weight, self.bias)
+        weight = self.rounded_weight().to(x.dtype)
+        return convolved(self, self.operand(x), weight, self.changed_bias())
 
 
 def simulate(
-    layer: Layer, spec: LayerSpec, scales: Scales | None = None
+    layer: Layer,
+    spec: LayerSpec,
+    scales: Scales | None = None,
+    transform: Transform = NO_TRANSFORM,
 ) -> QuantLinear | QuantConv2d:
     """Return the simulated form of a layer; it shares the layer's parameters.
 
@@ -147,7 +194,8 @@ def simulate(
         layer: The float layer.
         spec: How it is quantized.
         scales: Of its weight, if they have been chosen before.
+        transform: How its input is changed, as the spec says.
     """
     if isinstance(layer, nn.Linear):
-        return QuantLinear(layer, spec, scales)
-    return QuantConv2d(layer, spec, scales)
+        return QuantLinear(layer, spec, scales, transform)
+    return QuantConv2d(layer, spec, scales, transform)

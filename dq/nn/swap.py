@@ -17,6 +17,7 @@ from dq.nn.simulated import QuantLayer, simulate
 from dq.plan import LayerSpec, Plan
 from dq.progress import track
 from dq.scales import Scales
+from dq.transform import NO_TRANSFORM, Transform
 
 __all__ = [
     "empty_packed",
@@ -64,7 +65,12 @@ def _planned(model: nn.Module, plan: Plan) -> list[tuple[str, Layer, LayerSpec]]
     return [(name, layers[name], spec) for name, spec in plan.layers.items()]
 
 
-def install(model: nn.Module, plan: Plan, scales: Mapping[str, Scales] | None = None) -> None:
+def install(
+    model: nn.Module,
+    plan: Plan,
+    scales: Mapping[str, Scales] | None = None,
+    transforms: Mapping[str, Transform] | None = None,
+) -> None:
     """Replace every float layer that the plan names by its simulated form, in place.
 
     Simulated layers that the plan does not name, left by an earlier step, become float again.
@@ -73,13 +79,15 @@ def install(model: nn.Module, plan: Plan, scales: Mapping[str, Scales] | None = 
         model: The denoiser.
         plan: What each layer becomes.
         scales: Of weights, by layer, where they have been chosen before.
+        transforms: Of inputs, by layer, where the plan says that they are changed.
     """
     done = []
     for name, layer, spec in track(_planned(model, plan), "choosing scales"):
         if isinstance(layer, QuantLayer) and layer.spec == spec:
             continue  # an earlier step of the recipe has installed, perhaps tuned it
         with inside(describe(name, layer)):
-            done.append((name, simulate(layer, spec, (scales or {}).get(name))))
+            changed = (transforms or {}).get(name, NO_TRANSFORM)
+            done.append((name, simulate(layer, spec, (scales or {}).get(name), changed)))
     uninstall(model, keep=plan.layers)
     for name, layer in done:
         replace(model, name, layer)
@@ -90,14 +98,14 @@ def uninstall(model: nn.Module, keep: Container[str] = ()) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, QuantLayer) and name not in keep:
             assert isinstance(layer, (nn.Linear, nn.Conv2d))  # QuantLayer is mixed into these only
-            replace(model, name, _plain(layer, layer.weight))
+            replace(model, name, _plain(layer, layer.weight, layer.bias))
 
 
-def _plain(layer: Layer, weight: Tensor) -> Layer:
+def _plain(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
     build: Callable[..., Any] = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     made: Layer = build(**constructor(layer))
     made.weight = cast(nn.Parameter, weight)
-    made.bias = layer.bias
+    made.bias = cast(Any, bias)
     return made.train(layer.training)
 
 
@@ -134,8 +142,12 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedConv2d]:
 def unpack_model(model: nn.Module) -> None:
     """Replace every packed layer by a float one with the weight that its codes stand for."""
     for name, layer in packed_layers(model).items():
-        weight = layer.float_weight().to(layer.compute_dtype)
-        replace(model, name, _plain(layer, nn.Parameter(weight, requires_grad=False)))
+        weight, bias = (
+            x if x is None else nn.Parameter(x.to(layer.compute_dtype), requires_grad=False)
+            for x in layer.plain()
+        )
+        assert weight is not None  # only biases may be missing
+        replace(model, name, _plain(layer, weight, bias))
 
 
 def keep_int8(model: nn.Module, keep: bool) -> None:

@@ -1,0 +1,87 @@
+"""GPTQ: column by column, each rounding error spread over the columns still to come.
+
+Frantar et al. 2023, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", arXiv 2210.17323, algorithm 1; columns in the order of the diagonal ("act order"),
+with scales that were chosen before ("static groups"). Any grid will do: only what a column is
+rounded to changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dq.errors import DQError
+from dq.rounding.grid import spread
+from dq.scales import Scales
+from dq.spec import TensorSpec
+
+__all__ = ["gptq"]
+
+_BLOCK = 128  # columns whose errors reach the rest of the weight at once
+_DAMPINGS = (1.0, 10.0, 100.0)  # tried in turn until the moment can be factored
+
+
+def gptq(
+    weight: Tensor, scales: Scales, spec: TensorSpec, moment: Tensor, damping: float = 0.01
+) -> Tensor:
+    """Round a weight so that the output of its layer changes little.
+
+    Args:
+        weight: `(N, K)` floating point.
+        scales: As chosen for `spec`; they stay.
+        spec: How the weight is quantized.
+        moment: `(K, K)` float32, E[x x^T] of the layer's inputs.
+        damping: Added to the diagonal of the moment, as a share of its mean.
+
+    Returns:
+        `(N, K)` uint8 codes.
+
+    Raises:
+        DQError: If the moment is not finite.
+    """
+    rows, columns = weight.shape
+    if not bool(torch.isfinite(moment).all()):
+        raise DQError("the second moment of its inputs is not finite; calibrate in float32")
+    step, zero = spread(scales, rows, columns)
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    left = weight.float()[:, order]
+    spreading = _spreading(moment[order][:, order], damping)
+    step = step[:, order]
+    zero = None if zero is None else zero[:, order]
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    for start in range(0, columns, _BLOCK):
+        block = slice(start, min(start + _BLOCK, columns))
+        # Transposed, so that a column is one run of memory.
+        part = left[:, block].t().contiguous()
+        errors = torch.empty_like(part)
+        within = spreading[block, block]
+        for index in range(len(part)):
+            column = start + index
+            levels = part[index] / step[:, column]
+            if zero is not None:
+                levels = torch.round(levels) + zero[:, column]
+            code = spec.grid.encode(levels)
+            rounded = spec.grid.decode(code)
+            if zero is not None:
+                rounded = rounded - zero[:, column]
+            codes[:, order[column]] = code
+            error = (part[index] - rounded * step[:, column]) / within[index, index]
+            part[index + 1 :].addr_(within[index, index + 1 :], error, alpha=-1.0)
+            errors[index] = error
+        left[:, block.stop :].addmm_(errors.t(), spreading[block, block.stop :], alpha=-1.0)
+    return codes
+
+
+def _spreading(moment: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse moment: row k spreads the error of k."""
+    mean = moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    eye = torch.eye(len(moment), device=moment.device)
+    for factor in _DAMPINGS:
+        lower, failed = torch.linalg.cholesky_ex(moment + damping * factor * mean * eye)
+        if not failed:
+            break
+    else:
+        return eye  # nothing is known of the inputs: every column by itself
+    inverse = torch.cholesky_inverse(lower)
+    return torch.linalg.cholesky(inverse, upper=True)
