@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dq.errors import DQError
 from dq.rounding.grid import spread
+from dq.rounding.moment import check_finite
 from dq.scales import Scales
 from dq.spec import TensorSpec
 
@@ -41,11 +41,10 @@ def gptq(
         DQError: If the moment is not finite.
     """
     rows, columns = weight.shape
-    if not bool(torch.isfinite(moment).all()):
-        raise DQError("the second moment of its inputs is not finite; calibrate in float32")
+    check_finite(moment)
     step, zero = spread(scales, rows, columns)
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    left = weight.float()[:, order]
+    left = weight.detach().float()[:, order]
     spreading = _spreading(moment[order][:, order], damping)
     step = step[:, order]
     zero = None if zero is None else zero[:, order]
@@ -75,13 +74,16 @@ def gptq(
 
 def _spreading(moment: Tensor, damping: float) -> Tensor:
     """Return the upper Cholesky factor of the inverse moment: row k spreads the error of k."""
-    mean = moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     eye = torch.eye(len(moment), device=moment.device)
-    for factor in _DAMPINGS:
-        lower, failed = torch.linalg.cholesky_ex(moment + damping * factor * mean * eye)
-        if not failed:
-            break
-    else:
-        return eye  # nothing is known of the inputs: every column by itself
-    inverse = torch.cholesky_inverse(lower)
-    return torch.linalg.cholesky(inverse, upper=True)
+    mean = moment.diagonal().mean()
+    if mean > torch.finfo(torch.float32).tiny:
+        moment = moment / mean  # in a unit whose inverse is a number
+        for factor in _DAMPINGS:
+            lower, failed = torch.linalg.cholesky_ex(moment + damping * factor * eye)
+            if failed:
+                continue
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper
+    return eye  # nothing is known of the inputs: every column by itself

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dq.quantize import dequantize, quantize
 from dq.rounding.grid import spread
-from dq.scales import Scales
+from dq.rounding.moment import check_finite
+from dq.scales import Scales, usable
 from dq.spec import TensorSpec
 
 __all__ = ["learned_rounding"]
@@ -34,8 +35,9 @@ def learned_rounding(
 ) -> Tensor:
     """Round a weight so that the output of its layer changes little.
 
-    The regularizer that decides between up and down is scaled by the loss of round-to-nearest: the
-    loss of the first, undecided state is zero, and says nothing about its size.
+    The loss of each row is measured in that of round-to-nearest, beside which the regularizer that
+    decides between up and down then has its weight: the loss of the first, undecided state is zero,
+    and says nothing about its size.
 
     Args:
         weight: `(N, K)` floating point.
@@ -47,8 +49,12 @@ def learned_rounding(
 
     Returns:
         `(N, K)` uint8 codes.
+
+    Raises:
+        DQError: If the moment is not finite.
     """
-    weight = weight.float()
+    check_finite(moment)
+    weight = weight.detach().float()
     step, zero = spread(scales, *weight.shape)
     zeros = 0.0 if zero is None else zero
     levels = weight / step + zeros
@@ -57,7 +63,7 @@ def learned_rounding(
     fraction = ((levels - below) / (above - below).clamp_min(1e-12)).clamp(0.0, 1.0)
     start = (below - zeros) * step - weight  # the error of rounding everything down
     nearest = dequantize(quantize(weight, scales, spec), scales, spec) - weight
-    strength = _STRENGTH * float(((nearest @ moment) * nearest).sum()) / weight.numel()
+    unit = usable(((nearest @ moment) * nearest).mean(1, keepdim=True))
     logits = torch.logit((fraction - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=rate)
     for index in range(steps):
@@ -66,11 +72,11 @@ def learned_rounding(
             share = (torch.sigmoid(logits) * (_ZETA - _GAMMA) + _GAMMA).clamp(0.0, 1.0)
             error = start + share * gap
             # The gradient of trace(e M e^T) is 2 e M: one product instead of three.
-            loss = (error * (2.0 * (error.detach() @ moment))).sum()
+            loss = (error * (2.0 * (error.detach() @ moment) / unit)).sum()
             done = (index / steps - _WARM_UP) / (1.0 - _WARM_UP)
             if done >= 0.0:
                 exponent = _EXPONENTS[0] + (_EXPONENTS[1] - _EXPONENTS[0]) * done
-                loss = loss + strength * (1.0 - (2.0 * share - 1.0).abs().pow(exponent)).sum()
+                loss = loss + _STRENGTH * (1.0 - (2.0 * share - 1.0).abs().pow(exponent)).sum()
         loss.backward()
         optimizer.step()
     up = torch.sigmoid(logits.detach()) * (_ZETA - _GAMMA) + _GAMMA >= 0.5
