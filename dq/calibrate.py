@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dq.errors import DQError, inside
 from dq.nn import describe
 from dq.nn.changed import entered
+from dq.nn.kept import others
 from dq.nn.simulated import segments
 from dq.observers import Observer, observers
 from dq.plan import LayerSpec, Plan
@@ -353,8 +354,7 @@ class _SegmentObserver:
         tokens = tokens[tokens.any(1)]
         if self.kept is None and len(tokens):
             self.kept = tokens[0].float().clone()
-        others = torch.arange(x.shape[-2], device=x.device) % self.every != 0
-        return x[..., others, :].reshape(-1, x.shape[-1])
+        return others(x, self.every)
 
     def range(self) -> InputRange:
         """Return what was found."""

@@ -12,6 +12,7 @@ from dq.calibrate import Calibration, tap_inputs
 from dq.errors import DQError
 from dq.nn import QuantLayer, describe
 from dq.nn.changed import padded
+from dq.nn.kept import others
 
 __all__ = ["second_moments", "unfolded"]
 
@@ -38,6 +39,8 @@ def second_moments(
 ) -> dict[str, Tensor]:
     """Return E[x x^T] of the inputs of some simulated layers, quantized as the layers do it.
 
+    Tokens that are computed apart do not enter: the rounded weight never meets them.
+
     Args:
         calibration: Its captured calls are replayed.
         layers: By module name.
@@ -57,6 +60,8 @@ def second_moments(
     def seen(name: str, x: Tensor) -> None:
         layer = layers[name]
         assert isinstance(layer, nn.Module)  # QuantLayer is mixed into modules only
+        if layer.spec.kept_every:
+            x = others(x, layer.spec.kept_every)
         x = layer.operand(x).float()
         if isinstance(layer, nn.Conv2d) and layer.transform.shift is None:
             x = padded(layer, x)  # what is shifted has been padded before

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["KNOWN", "OTHER", "ZERO", "apart", "kinds", "note"]
+__all__ = ["KNOWN", "OTHER", "ZERO", "apart", "kinds", "note", "others"]
 
 KNOWN, ZERO, OTHER = 0, 1, 2
 
@@ -56,6 +56,17 @@ def kinds(tokens: Tensor, reference: Tensor) -> Tensor:
     is_known = ((x - known).abs() <= within).all(-1)
     is_zero = (x == 0).all(-1)
     return torch.where(is_zero, ZERO, torch.where(is_known, KNOWN, OTHER)).to(torch.int8)
+
+
+def others(x: Tensor, every: int) -> Tensor:
+    """Return the tokens `(n, K)` of a prompt `(..., T, K)` that are not computed apart.
+
+    Args:
+        x: `(..., T, K)`.
+        every: The first of so many tokens is.
+    """
+    wanted = torch.arange(x.shape[-2], device=x.device) % every != 0
+    return x[..., wanted, :].reshape(-1, x.shape[-1])
 
 
 def note(x: Tensor, every: int, reference: Tensor) -> None:
