@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from dq.errors import DQError
 from dq.formats import FloatFormat, Format, formats
 from dq.scales import Scales, usable
 from dq.spec import TensorSpec
@@ -42,10 +43,15 @@ def outer_scale(x: Tensor, spec: TensorSpec) -> Tensor:
 
     Returns:
         `(1, 1)`, or `(R, 1)` for dynamic inputs with floating-point multipliers.
+
+    Raises:
+        DQError: If `x` has a value that is not finite.
     """
+    reach = x.abs().amax(1, keepdim=True) if spec.outer_by_row else x.abs().max().view(1, 1)
+    if not bool(reach.isfinite().all()):
+        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
     if not isinstance(spec.scale_grid, FloatFormat):
         return torch.ones(1, 1, device=x.device)
-    reach = x.abs().amax(1, keepdim=True) if spec.outer_by_row else x.abs().max().view(1, 1)
     top = spec.scale_grid.high if spec.scale_rule == "nearest" else _ROOM
     return usable(reach.float() / (spec.grid.high * top))
 

@@ -16,6 +16,7 @@ from dq.errors import DQError
 from dq.family import family_of
 from dq.method import Job, Method
 from dq.nn import QuantLayer, install, pack_model, packed_layers, uninstall
+from dq.nn.fold import fold
 from dq.plan import Plan
 from dq.recipe import Recipe
 from dq.work import Work, fingerprint
@@ -77,6 +78,7 @@ def _run(job: Job, recipe: Recipe) -> Plan:
                 method.tune(job)
         _install(job)
         pack_model(model)
+        job.plan = fold(model, job.plan, job.family.fed(model))
         runtime.install(model)
     except BaseException:
         uninstall(model)
@@ -123,9 +125,12 @@ def _install(job: Job) -> None:
     """
     there = {n: m.spec for n, m in job.model.named_modules() if isinstance(m, QuantLayer)}
     changed = {n: spec for n, spec in job.plan.layers.items() if there.get(n) != spec}
-    ranges = job.calibration.input_ranges(replace(job.plan, layers=changed), job.transforms)
+    # What a step has found for itself is not looked for; a token to be kept always is.
+    found = {n for n, s in changed.items() if n in job.ranges and s.is_static and not s.kept_every}
+    rest = {n: spec for n, spec in changed.items() if n not in found}
+    ranges = job.calibration.input_ranges(replace(job.plan, layers=rest), job.transforms)
     install(job.model, job.plan, transforms=job.transforms)
-    for name, found in ranges.items():
+    for name, range in {**ranges, **{n: job.ranges[n] for n in found}}.items():
         layer = job.model.get_submodule(name)
         assert isinstance(layer, QuantLayer)  # installed above
-        layer.set_input(*found)
+        layer.set_input(*range)

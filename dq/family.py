@@ -68,6 +68,8 @@ class Family:
             of the right shapes and dtypes, for tests and benchmarks.
         prompt: Name of the argument whose tokens enter the cross-attention and may come from a
             causal text encoder, by denoiser; empty if there is none.
+        fed: Names of norms with a weight and a bias for each channel, and the layers that see what
+            they put out; nothing else may see it. Changes of inputs are folded into such norms.
         dynamic_inputs: Whether activations are quantized by token at run time unless a recipe says
             otherwise: transformers, where channels of few tokens dominate static ranges.
     """
@@ -80,6 +82,7 @@ class Family:
     splits: Callable[[nn.Module], Mapping[str, tuple[int, ...]]]
     sample_inputs: Callable[[nn.Module, int, torch.Generator], dict[str, Any]]
     prompt: Callable[[nn.Module], str] = lambda model: ""
+    fed: Callable[[nn.Module], Mapping[str, tuple[str, ...]]] = lambda model: {}
     dynamic_inputs: bool = False
 
     def is_dynamic(self, scaling: str) -> bool:

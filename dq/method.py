@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration
+from dq.calibrate import Calibration, InputRanges
 from dq.family import Family
 from dq.plan import Plan
 from dq.registry import Registry
@@ -26,6 +26,7 @@ class Job:
         plan: The decisions so far.
         calibration: Captured calls, made on first use.
         transforms: Of the inputs of layers whose spec has one, by layer.
+        ranges: Of static inputs, by layer, where a step has chosen them; others are calibrated.
         generator: Source of every random number that a method draws.
     """
 
@@ -34,6 +35,7 @@ class Job:
     plan: Plan
     calibration: Calibration
     transforms: dict[str, Transform] = field(default_factory=dict)
+    ranges: InputRanges = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
 

@@ -28,7 +28,11 @@ class Observer(Protocol):
         """Take in a `(P, M)` float32 tensor; P must be the same at every call."""
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """Return the smallest and largest value to represent, `(P,)` float32 each."""
+        """Return the smallest and largest value to represent, `(P,)` float32 each.
+
+        Raises:
+            DQError: If nothing was seen, or something that is not finite.
+        """
 
 
 observers: Registry[type[Observer]] = Registry("observer")
@@ -53,6 +57,11 @@ class AbsMax:
         """See `Observer.range`."""
         if self._low is None or self._high is None:
             raise DQError("no data was observed; run calibration on inputs that reach this layer")
+        # Here, where everything has been seen: a range that cuts off the ends would cut off NaN.
+        if not bool((self._low.isfinite() & self._high.isfinite()).all()):
+            raise DQError(
+                "the tensor holds values that are not finite; repair the model or its inputs"
+            )
         return self._low, self._high
 
 

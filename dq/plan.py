@@ -73,7 +73,9 @@ class LayerSpec:
                 f"a {kind} input has granularity {' or '.join(wanted)}, "
                 f"not {self.input.granularity}"
             )
-        if self.input.dynamic and not (self.input.symmetric and self.input.grid.low < 0):
+        shifted = self.transform is not None and self.transform.shift
+        signed = self.input.grid.low < 0 or shifted
+        if self.input.dynamic and not (self.input.symmetric and signed):
             raise DQError("a dynamic input is symmetric and signed")
         if self.input.dynamic and self.input_splits:
             raise DQError("input_splits need a static input")

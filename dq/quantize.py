@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dq.blocks import float_blocks, integer_blocks, outer_scale
-from dq.errors import DQError
 from dq.observers import observers
 from dq.scales import Scales, scales_of_range
 from dq.spec import TensorSpec
@@ -38,9 +37,6 @@ def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
     """
     if x.is_meta:
         return _valueless(spec.granularity.blocks(*x.shape), spec)
-    # Before observing: one that cuts off the ends would cut off NaN too.
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(x)):
-        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
     if spec.granularity.kind == "tensor":
         return _ranged(x, spec)
     if not spec.has_float_blocks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from dq.family import Family, Role, assign_roles, families
@@ -61,6 +63,34 @@ def _splits(model: Any) -> dict[str, tuple[int, ...]]:
     return splits
 
 
+def _fed(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the norms of the transformer blocks, and those before them."""
+    fed: dict[str, tuple[str, ...]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BasicTransformerBlock):
+            fed[f"{name}.norm1"] = _queries(module.attn1, f"{name}.attn1")
+            if module.attn2 is not None:
+                fed[f"{name}.norm2"] = _queries(module.attn2, f"{name}.attn2")
+            fed[f"{name}.norm3"] = (f"{name}.ff.net.0.proj",)
+        elif isinstance(module, Transformer2DModel):
+            fed[f"{name}.norm"] = (f"{name}.proj_in",)
+    modules = dict(model.named_modules())
+    affine = (nn.LayerNorm, nn.GroupNorm)
+    return {
+        name: layers
+        for name, layers in fed.items()
+        if isinstance(norm := modules.get(name), affine)
+        and norm.weight is not None
+        and norm.bias is not None
+    }
+
+
+def _queries(attention: Any, name: str) -> tuple[str, ...]:
+    """Return the layers of an attention that see its own input, not the prompt."""
+    seen = ("to_q",) if attention.is_cross_attention else ("to_q", "to_k", "to_v")
+    return tuple(f"{name}.{leaf}" for leaf in seen)
+
+
 def _prompt(model: Any) -> str:
     """Return the text argument; where image tokens are put before the text, it says nothing."""
     mixed = model.config.encoder_hid_dim_type in ("image_proj", "text_image_proj")
@@ -102,5 +132,6 @@ UNET: Family = families.add(
         splits=_splits,
         sample_inputs=_sample_inputs,
         prompt=_prompt,
+        fed=_fed,
     ),
 )

@@ -14,9 +14,9 @@ LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.presets dq.rounding",
     "dq.plan",
     "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.tune dq.family dq.runtime "
-    "dq.moments dq.sensitivity",
+    "dq.inputs dq.trial dq.moments dq.sensitivity",
     "dq.method dq.engine dq.recipe dq.integration dq.registration",
-    "dq.methods",
+    "dq.methods dq.export",
     "dq.pipelines dq.eval",
     "dq.cli dq.demo dq.scoring dq.bench dq.budgets dq.__main__ dq",
 )

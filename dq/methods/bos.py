@@ -65,7 +65,7 @@ def keep(
     """Return the layers; the static ones that see prompts keep the first of `every` tokens."""
     return {
         name: dataclasses.replace(spec, kept_every=every)
-        if spec.is_static and roles[name] is Role.CROSS_KV
+        if spec.is_static and spec.transform is None and roles[name] is Role.CROSS_KV
         else spec
         for name, spec in layers.items()
     }

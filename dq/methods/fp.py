@@ -15,7 +15,7 @@ import re
 
 from dq.methods.bos import BOS
 from dq.methods.ptq import PTQ
-from dq.methods.suffix import ROUNDING, rounding
+from dq.methods.suffix import SUFFIX, changes, rounding
 from dq.presets import FLOAT
 from dq.recipe import Recipe, Template, templates
 
@@ -61,9 +61,9 @@ def _template(name: str, pattern: str, weights: str, inputs: str, default: str) 
             weight_observer="absmax" if weights == _WIDE else "mse",
         )
         kept = (BOS(),) if static else ()
-        return Recipe(found[0], (step, *kept, *rounding(found, default)))
+        return Recipe(found[0], (step, *changes(found), *kept, *rounding(found, default)))
 
-    return Template(pattern + ROUNDING, _HELP[name], build)
+    return Template(pattern + SUFFIX, _HELP[name], build)
 
 
 for _name, *_rest in _RECIPES:

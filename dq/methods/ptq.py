@@ -16,7 +16,7 @@ from dq.errors import DQError, unknown
 from dq.family import SMALLEST, WIDE_ROLES, Role, check_scaling, quantizable
 from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
-from dq.methods.suffix import ROUNDING, rounding
+from dq.methods.suffix import SUFFIX, changes, rounding
 from dq.nn import describe, matrix_shape
 from dq.nn.layers import Layer, input_channels
 from dq.plan import LayerSpec, Plan
@@ -136,10 +136,10 @@ def _build(found: re.Match[str]) -> Recipe:
     ptq = PTQ(weights, inputs, dynamic=found["scales"] or "auto")
     static = inputs != FLOAT and ptq.dynamic != "dynamic"
     kept = (BOS(),) if static else ()
-    return Recipe(found[0], (ptq, *kept, *rounding(found, "rtn")))
+    return Recipe(found[0], (ptq, *changes(found), *kept, *rounding(found, "rtn")))
 
 
-_SUFFIX = r"(-g(?P<group>\d+))?(-(?P<scales>static|dynamic))?" + ROUNDING
+_NAME_END = r"(-g(?P<group>\d+))?(-(?P<scales>static|dynamic))?" + SUFFIX
 _LINES = {
     "w8a8": "8-bit weights and inputs: integer products everywhere",
     "w4a8": "4-bit weights in groups of 32, 8-bit inputs: exact integer products",
@@ -149,12 +149,12 @@ _LINES = {
 }
 for _name, _help in _LINES.items():
     _weight, _input = re.findall(r"\d+", _name)
-    _pattern = rf"w(?P<weight>{_weight})a(?P<input>{_input}){_SUFFIX}"
+    _pattern = rf"w(?P<weight>{_weight})a(?P<input>{_input}){_NAME_END}"
     templates.add(_name, Template(_pattern, _help, _build))
 templates.add(
     "wXaY",
     Template(
-        rf"w(?P<weight>[2-8])a(?P<input>[2-8]|16){_SUFFIX}",
+        rf"w(?P<weight>[2-8])a(?P<input>[2-8]|16){_NAME_END}",
         "any X of 2 to 8, Y of 2 to 8 or 16; -g64 sets the group, -static or -dynamic the inputs, "
         "-gptq or -adaround the rounding",
         _build,

@@ -1,4 +1,4 @@
-"""The end of a recipe's name that says how weights are rounded."""
+"""The ends of recipes' names: how inputs are changed, and how weights are rounded."""
 
 from __future__ import annotations
 
@@ -8,18 +8,36 @@ from collections.abc import Mapping
 from dq.method import Method
 from dq.methods.adaround import AdaRound
 from dq.methods.gptq import GPTQ
+from dq.methods.hadamard import Hadamard
+from dq.methods.outliers import OutlierSuppression
+from dq.methods.preshift import PreShift
+from dq.methods.smoothquant import SmoothQuant
+from dq.methods.unsigned import Unsigned
 
-__all__ = ["ROUNDING", "rounding"]
+__all__ = ["SUFFIX", "changes", "rounding"]
+
+_CHANGES: Mapping[str, tuple[Method, ...]] = {
+    "smooth": (SmoothQuant(),),
+    "outliers": (OutlierSuppression(),),
+    "hadamard": (Hadamard(),),
+    "preshift": (PreShift(),),
+    "unsigned": (Unsigned(),),
+}
 
 _STEPS: Mapping[str, tuple[Method, ...]] = {"rtn": (), "gptq": (GPTQ(),), "adaround": (AdaRound(),)}
-ROUNDING = rf"(-(?P<rounding>{'|'.join(_STEPS)}))?"
+SUFFIX = rf"(-(?P<change>{'|'.join(_CHANGES)}))?(-(?P<rounding>{'|'.join(_STEPS)}))?"
+
+
+def changes(found: re.Match[str]) -> tuple[Method, ...]:
+    """Return the steps of a recipe that change inputs, for a match with `SUFFIX` in its pattern."""
+    return _CHANGES.get(found["change"], ())
 
 
 def rounding(found: re.Match[str], default: str) -> tuple[Method, ...]:
     """Return the steps of a recipe that round its weights: none for the nearest level.
 
     Args:
-        found: A match with `ROUNDING` in its pattern.
+        found: A match with `SUFFIX` in its pattern.
         default: "rtn", "gptq" or "adaround".
     """
     return _STEPS[found["rounding"] or default]

@@ -205,7 +205,7 @@ class PackedLayer(nn.Module):
             weight_kind = "e4m3"
         input_kind = "float" if low is None else "other"
         if low is not None and low.granularity.kind != "group":
-            if low.grid.is_integer:
+            if low.grid.is_integer and (low.grid.low < 0 or not low.dynamic):
                 input_kind = "int8"
             elif low.format == "e4m3" and not self.spec.input_splits:
                 input_kind = "e4m3"

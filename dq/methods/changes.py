@@ -1,0 +1,115 @@
+"""What the methods share that change inputs before these are quantized; see `dq.transform`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dq.errors import DQError, inside, unknown
+from dq.family import Role, quantizable
+from dq.inputs import ChannelRange, channel_ranges, input_samples
+from dq.method import Job, Method
+from dq.nn import describe
+from dq.nn.layers import Layer
+from dq.plan import LayerSpec, Plan
+from dq.progress import track
+from dq.transform import NO_TRANSFORM, Transform
+
+__all__ = ["Change", "Site"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Layers that see the same input, and what is known of it.
+
+    Attributes:
+        layers: The float layers, by name.
+        specs: How they are to be quantized.
+        range: Of the channels of their input.
+        samples: Of their input.
+        before: How an earlier step changes it.
+    """
+
+    layers: dict[str, Layer]
+    specs: dict[str, LayerSpec]
+    range: ChannelRange
+    samples: Tensor
+    before: Transform
+
+
+@dataclass(frozen=True)
+class Change(Method):
+    """Change the inputs of quantized layers, and the weights with them. Subclasses say how.
+
+    Args:
+        roles: Roles whose layers are looked at; empty for all.
+    """
+
+    roles: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for role in self.roles:
+            if role not in tuple(Role):
+                raise unknown("role", role, tuple(Role))
+
+    def change(self, site: Site) -> Transform | None:
+        """Return how the input of some layers is to be changed; None leaves it."""
+        raise NotImplementedError
+
+    def changed_spec(self, spec: LayerSpec, transform: Transform) -> LayerSpec:
+        """Return what a layer's spec becomes."""
+        return dataclasses.replace(spec, transform=transform.spec)
+
+    def decide(self, job: Job) -> Plan:
+        """Find a change for each input; see `Method.decide`.
+
+        Raises:
+            NeedsData: If nothing makes the denoiser run.
+        """
+        groups = list(self._groups(job))
+        names = [name for group in groups for name in group]
+        ranges = channel_ranges(job.calibration, names)
+        samples = input_samples(job.calibration, names)
+        layers, specs = quantizable(job.model), dict(job.plan.layers)
+        for group in track(groups, f"{type(self).__name__.lower()}"):
+            first = group[0]
+            site = Site(
+                {name: layers[name] for name in group},
+                {name: specs[name] for name in group},
+                ranges[first],
+                samples[first],
+                job.transforms.get(first, NO_TRANSFORM),
+            )
+            with inside(describe(first, layers[first])):
+                found = self.change(site)
+                for name in group if found is not None else ():
+                    assert found is not None  # asked just now
+                    specs[name] = self.changed_spec(specs[name], found)
+                    job.transforms[name] = found
+                    job.ranges.pop(name, None)  # it was that of the input before
+        return dataclasses.replace(job.plan, layers=specs)
+
+    def _groups(self, job: Job) -> Iterator[tuple[str, ...]]:
+        """Yield the layers that one norm feeds together, then every other layer by itself."""
+        roles = job.family.roles(job.model)
+        wanted = {
+            name
+            for name, spec in job.plan.layers.items()
+            if spec.input is not None
+            and (not self.roles or roles[name] in self.roles)
+            # Of these the first token is kept apart instead, see `dq.nn.kept`.
+            and not (spec.is_static and roles[name] is Role.CROSS_KV)
+        }
+        fed = [tuple(n for n in some if n in wanted) for some in job.family.fed(job.model).values()]
+        together = [group for group in fed if group]
+        yield from together
+        alone = wanted - {name for group in together for name in group}
+        yield from ((name,) for name in job.plan.layers if name in alone)
+
+    def refuse(self, before: Transform, what: str) -> None:
+        """Refuse to add what an earlier step has added."""
+        if before != NO_TRANSFORM:
+            raise DQError(f"its input is {before.spec} already: {what} comes first, and once")
