@@ -21,6 +21,7 @@ from dq.family import check_scaling
 from dq.method import Job, Method, methods
 from dq.methods.bos import find_kept, keep
 from dq.methods.ptq import PTQ
+from dq.methods.suffix import ROUNDING, rounding
 from dq.plan import Plan
 from dq.presets import FLOAT
 from dq.recipe import Recipe, Template, templates
@@ -182,11 +183,16 @@ def _build(found: re.Match[str]) -> Recipe:
         "inputs": () if bits == 16 else (f"int{bits}",),
         "run_inputs": () if bits == 16 else (f"int{bits}",),
     }
+    if found["fp"]:
+        settings["weights"] = (*MixDQ.weights, "nvfp4", "e4m3")
+        if bits == 8:
+            settings["inputs"] = settings["run_inputs"] = ("int8", "e4m3")
     if found["megabytes"]:
         settings["megabytes"] = float(found["megabytes"])
     else:
         settings["weight_bits"] = int(found["weight"])
-    return Recipe(found[0], (MixDQ(**settings),))  # type: ignore[arg-type]
+    steps = MixDQ(**settings), *rounding(found, "rtn")  # type: ignore[arg-type]
+    return Recipe(found[0], steps)
 
 
 _LINES = {
@@ -197,13 +203,22 @@ _LINES = {
 }
 for _name, _help in _LINES.items():
     _weight, _input = _name.split("a")
-    _pattern = rf"mixdq-w(?P<weight>{_weight})a(?P<input>{_input})(?P<megabytes>(?!))?"
-    templates.add(f"mixdq-w{_name}", Template(_pattern, _help, _build))
+    _pattern = rf"mixdq(?P<fp>(?!))?-w(?P<weight>{_weight})a(?P<input>{_input})(?P<megabytes>(?!))?"
+    templates.add(f"mixdq-w{_name}", Template(_pattern + ROUNDING, _help, _build))
+templates.add(
+    "mixdq-fp-w4a8",
+    Template(
+        r"mixdq(?P<fp>-fp)-w(?P<weight>[2-8])a(?P<input>8|16)(?P<megabytes>(?!))?" + ROUNDING,
+        "integers, nvfp4 and e4m3 compete, in as many bytes as w4a8",
+        _build,
+    ),
+)
 templates.add(
     "mixdq-wXaY",
     Template(
-        r"mixdq-(w(?P<weight>[2-8])|(?P<megabytes>\d+(\.\d+)?)mb-)a(?P<input>[2-8]|16)",
-        "any X of 2 to 8, or a budget such as mixdq-3.5mb-a8; Y of 2 to 8 or 16",
+        r"mixdq(?P<fp>(?!))?-(w(?P<weight>[2-8])|(?P<megabytes>\d+(\.\d+)?)mb-)"
+        r"a(?P<input>[2-8]|16)" + ROUNDING,
+        "any X of 2 to 8, or a budget such as mixdq-3.5mb-a8; Y of 2 to 8 or 16; -gptq rounds",
         _build,
     ),
 )

@@ -15,10 +15,14 @@ import torch
 from dq.errors import DQError
 from dq.method import methods
 from dq.methods.changes import Change, Site
+from dq.plan import LayerSpec
 from dq.transform import NO_TRANSFORM, Transform
-from dq.trial import output_error
+from dq.trial import observed, output_error
 
 __all__ = ["OutlierSuppression"]
+
+
+_GAIN = 0.9  # of the error: what gains less is not worth the run time
 
 
 @methods.register("outliers")
@@ -42,23 +46,28 @@ class OutlierSuppression(Change):
     def change(self, site: Site) -> Transform | None:
         """See `Change.change`."""
         self.refuse(site.before, "shift and scale")
-        low, high = site.range
-        middle = (low + high) / 2 if self.shift else torch.zeros_like(low)
-        reach = torch.maximum(high - middle, middle - low)
         tried = [NO_TRANSFORM]
-        for threshold in self.thresholds:
-            scale = (reach / (threshold * reach.max()).clamp_min(1e-12)).clamp_min(1.0)
-            tried.append(Transform(middle if self.shift else None, scale))
-        best = min(tried, key=lambda transform: self._error(site, transform))
-        return None if best is NO_TRANSFORM else best
+        for shift in (False, True) if self.shift else (False,):
+            low, high = site.range
+            middle = (low + high) / 2 if shift else torch.zeros_like(low)
+            reach = torch.maximum(high - middle, middle - low)
+            for threshold in self.thresholds:
+                scale = (reach / (threshold * reach.max()).clamp_min(1e-12)).clamp_min(1.0)
+                tried.append(Transform(middle if shift else None, scale))
+        errors = [self._error(site, transform) for transform in tried]
+        best = min(range(len(tried)), key=errors.__getitem__)
+        return tried[best] if errors[best] < _GAIN * errors[0] else None
 
     def _error(self, site: Site, transform: Transform) -> float:
-        return sum(
-            output_error(
-                layer,
-                site.samples,
-                dataclasses.replace(site.specs[name], transform=transform.spec),
-                transform,
-            )
-            for name, layer in site.layers.items()
-        )
+        total = 0.0
+        for name, layer in site.layers.items():
+            spec = _quick(site.specs[name], transform)
+            range = observed(layer, site.samples, spec, transform, site.range)
+            total += output_error(layer, site.samples, spec, range, transform)
+        return total
+
+
+def _quick(spec: LayerSpec, transform: Transform) -> LayerSpec:
+    """Return the spec of a trial: to search for the best range of the weight would take longest."""
+    weight = dataclasses.replace(spec.weight, observer="absmax")
+    return dataclasses.replace(spec, weight=weight, transform=transform.spec)

@@ -50,6 +50,12 @@ class Rounding(Method):
         """Return `(N, K)` uint8 codes; see `dq.rounding`."""
         raise NotImplementedError
 
+    def observe(self, job: Job) -> None:
+        """Draw the calibration's images while the denoiser is still in full precision."""
+        if job.calibration.source is not None:
+            for _ in job.calibration.batches():
+                pass
+
     def decide(self, job: Job) -> Plan:
         """Leave the plan as it is.
 
@@ -67,8 +73,9 @@ class Rounding(Method):
     @torch.no_grad()
     def tune(self, job: Job) -> None:
         """Choose the codes of all weights, a part of the layers at a time, in the model's order."""
+        mine = job.calibration.stage(type(self).__name__.lower())
         for index, layers in enumerate(self._parts(job.model)):
-            stage = f"{type(self).__name__.lower()}-{index:04d}"
+            stage = f"{mine}-{index:04d}"
             stored = job.calibration.work.load(stage)
             if stored is None:
                 stored = self._part(job, layers)

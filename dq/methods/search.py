@@ -107,7 +107,7 @@ class FormatSearch(Method):
             )
             for clip in self.clips if spec.is_static else (1.0,):
                 range = InputRange(whole.low * clip, whole.high * clip) if spec.is_static else None
-                error = output_error(layer, x, changed, scales=scales, range=range)
+                error = output_error(layer, x, changed, range, scales=scales)
                 tried.append((error, dataclasses.replace(spec, input=changed.input), range))
         _, best, range = min(tried, key=lambda one: one[0])
         return best, range

@@ -14,7 +14,7 @@ from dq.methods.preshift import PreShift
 from dq.methods.smoothquant import SmoothQuant
 from dq.methods.unsigned import Unsigned
 
-__all__ = ["SUFFIX", "changes", "rounding"]
+__all__ = ["ROUNDING", "SUFFIX", "changes", "rounding"]
 
 _CHANGES: Mapping[str, tuple[Method, ...]] = {
     "smooth": (SmoothQuant(),),
@@ -25,7 +25,8 @@ _CHANGES: Mapping[str, tuple[Method, ...]] = {
 }
 
 _STEPS: Mapping[str, tuple[Method, ...]] = {"rtn": (), "gptq": (GPTQ(),), "adaround": (AdaRound(),)}
-SUFFIX = rf"(-(?P<change>{'|'.join(_CHANGES)}))?(-(?P<rounding>{'|'.join(_STEPS)}))?"
+ROUNDING = rf"(-(?P<rounding>{'|'.join(_STEPS)}))?"
+SUFFIX = rf"(-(?P<change>{'|'.join(_CHANGES)}))?" + ROUNDING
 
 
 def changes(found: re.Match[str]) -> tuple[Method, ...]:
@@ -37,7 +38,7 @@ def rounding(found: re.Match[str], default: str) -> tuple[Method, ...]:
     """Return the steps of a recipe that round its weights: none for the nearest level.
 
     Args:
-        found: A match with `SUFFIX` in its pattern.
+        found: A match with `ROUNDING` in its pattern.
         default: "rtn", "gptq" or "adaround".
     """
     return _STEPS[found["rounding"] or default]

@@ -39,7 +39,7 @@ def fold(model: nn.Module, plan: Plan, fed: Mapping[str, tuple[str, ...]]) -> Pl
             if isinstance(layer, PackedLayer):
                 packed[follower] = layer
         transforms = [each.transform for each in packed.values()]
-        if len(packed) < len(followers) or not all(map(_foldable, transforms)):
+        if len(packed) < len(followers) or not all(map(_foldable, packed.values())):
             continue
         if not all(_alike(transforms[0], other) for other in transforms):
             continue
@@ -50,8 +50,10 @@ def fold(model: nn.Module, plan: Plan, fed: Mapping[str, tuple[str, ...]]) -> Pl
     return dataclasses.replace(plan, layers=layers)
 
 
-def _foldable(transform: Transform) -> bool:
-    return transform.spec is not None and not transform.rotation
+def _foldable(layer: PackedLayer) -> bool:
+    # Where only the shift has brought a bias, the plan must go on to speak of it.
+    changed = layer.spec.transform
+    return changed is not None and not changed.rotation and not layer.gained_bias
 
 
 def _alike(one: Transform, other: Transform) -> bool:

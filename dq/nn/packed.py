@@ -73,6 +73,7 @@ class PackedLayer(nn.Module):
     kept_output: Tensor | None
     compute_dtype: torch.dtype
     keep_int8: bool
+    gained_bias: bool = False  # that of a shift, where the float layer has none
     remembers: bool
     kind: str
     axis: int  # of the channels
@@ -109,6 +110,7 @@ class PackedLayer(nn.Module):
         if layer.bias is not None or "input_shift" in shapes:
             bias = torch.empty(self.rows, dtype=self.compute_dtype, device=device)
             learns = layer.bias is not None and layer.bias.requires_grad
+            self.gained_bias = layer.bias is None
             self.bias = nn.Parameter(bias, requires_grad=learns)
         self.remembers = False
         self.keep_int8 = spec.weight.grid.bits == 8

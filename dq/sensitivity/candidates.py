@@ -87,9 +87,17 @@ class Candidates:
         return sum(rows * columns for rows, columns in self.shapes.values())
 
     def options(self, layer: str) -> list[tuple[str, str]]:
-        """Return what a layer may become, as names of formats (weight, input); float comes last."""
+        """Return what a layer may become, as names of formats (weight, input); float comes last.
+
+        Nothing multiplies integers with floats: where both compete, only their like meet.
+        """
         inputs = (*self.inputs, FLOAT)
-        return [*itertools.product(self.weights[layer], inputs), (FLOAT, FLOAT)]
+        return [
+            (weight, input)
+            for weight, input in itertools.product(self.weights[layer], inputs)
+            if input == FLOAT
+            or self.weights[layer][weight].grid.is_integer == self.inputs[input].grid.is_integer
+        ] + [(FLOAT, FLOAT)]
 
     def spec(self, layer: str, weight: str, input: str = FLOAT) -> LayerSpec | None:
         """Return what a layer becomes by the names of two formats; None if it stays as it is.

@@ -7,16 +7,17 @@ import dataclasses
 import pytest
 
 from dq.errors import DQError
+from dq.family import family_of
 from dq.presets import FLOAT
 from dq.sensitivity.bits import Limits, allocate, allocate_paper
 from dq.sensitivity.candidates import Candidates
 from dq.sensitivity.probe import Probe
-from dq.sensitivity.survey import fill_table
+from dq.sensitivity.survey import Settings, fill_table, prepare
 from dq.sensitivity.table import CONTENT, QUALITY, Table
 from dq.sensitivity.times import timed
 from dq.spec import Granularity
 from dq.work import Work
-from tests.sensitivity.probes import network, probe
+from tests.sensitivity.probes import calibration, network, probe
 
 
 @pytest.fixture(scope="module")
@@ -149,16 +150,16 @@ def test_groups_that_do_not_fit_are_no_candidates() -> None:
 
 def test_formats_of_all_kinds_compete() -> None:
     model = network("sd32")
-    one = probe(model)
-    from dq.family import family_of
-
-    mixed = Candidates.of(model, family_of(model), ("int4", "e2m1", "e4m3"), ("int8",), False)
-    spec = mixed.spec("mid_block.resnets.0.conv1", "e2m1", "int8")
+    weights, inputs = ("int4", "e2m1-g32", "nvfp4", "e4m3"), ("int8", "e4m3")
+    mixed = Candidates.of(model, family_of(model), weights, inputs, False)
+    spec = mixed.spec("mid_block.resnets.0.conv1", "e2m1-g32", "e4m3")
     assert spec is not None
     assert spec.weight.granularity == Granularity("group", 32)
-    wider = dataclasses.replace(one, candidates=mixed, _scales={})
-    choice = allocate(fill_table(wider, 0.0, Work(None)), mixed, Limits(size(mixed, 6.0)))
+    one = prepare(calibration(model), mixed, Settings(steps=2))
+    choice = allocate(fill_table(one, 0.0, Work(None)), mixed, Limits(size(mixed, 6.0)))
     assert {weight for weight, _ in choice.values()} >= {"int4", "e4m3"}
+    for weight, low in choice.values():  # nothing multiplies integers with floats
+        assert low == FLOAT or low.startswith("int") == weight.startswith("int")
 
 
 def test_a_float_weight_takes_no_quantized_input(found) -> None:
