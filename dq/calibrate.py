@@ -7,6 +7,7 @@ replayed: every method sees the same calls, in the same order, whatever else it 
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -205,7 +206,13 @@ class Calibration:
     source: Source | None
     spec: CalibrationSpec
     work: Work = field(default_factory=lambda: Work(None))
-    _passes: int = field(default=0, init=False)  # over all calls; steps of a recipe must not mix
+    _stages: Counter[str] = field(default_factory=Counter, init=False)  # of each kind so far
+
+    def stage(self, kind: str) -> str:
+        """Return a name for the next stage of a kind: those of a recipe's steps must not mix."""
+        number = self._stages[kind]
+        self._stages[kind] += 1
+        return f"{kind}-{number}"
 
     def batches(self) -> Iterator[list[Call]]:
         """Yield the calls of each batch of images, capturing what was not captured before.
@@ -267,7 +274,7 @@ class Calibration:
         wanted = [{n: s for n, s in plan.layers.items() if s.is_static} for plan in plans]
         if not any(wanted):
             return [{} for _ in plans]
-        stage, self._passes = f"ranges-{self._passes}", self._passes + 1
+        stage = self.stage("ranges")
         stored = self.work.load(stage)
         names = {f"{i}.{name}" for i, specs in enumerate(wanted) for name in specs}
         if stored is None or {n.rpartition(".")[0] for n in stored} != names:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dq.calibrate import Calibration, tap_inputs
-from dq.errors import DQError
+from dq.errors import DQError, inside
 from dq.nn import QuantLayer, describe
 from dq.nn.changed import padded
 from dq.nn.kept import others
@@ -62,7 +62,8 @@ def second_moments(
         assert isinstance(layer, nn.Module)  # QuantLayer is mixed into modules only
         if layer.spec.kept_every:
             x = others(x, layer.spec.kept_every)
-        x = layer.operand(x).float()
+        with inside(describe(name, layer)):
+            x = layer.operand(x).float()
         if isinstance(layer, nn.Conv2d) and layer.transform.shift is None:
             x = padded(layer, x)  # what is shifted has been padded before
         found = unfolded(layer, x)

@@ -18,6 +18,7 @@ from dq.recipe import Recipe
 from dq.transform import NO_TRANSFORM, Transform
 from tests.models import MODELS
 from tests.nn.layers import LAYERS, build
+from tests.single import One, calibration_of
 from tests.sources import Samples
 
 ALL = 1 << 30  # rows
@@ -38,38 +39,8 @@ EVEN_CONVS = {
 }
 
 
-class One(nn.Module):
-    """A denoiser of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.unused = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        return (self.layer(x),)
-
-
-class Given:
-    """Makes a denoiser run on given inputs, one a batch."""
-
-    def __init__(self, model: nn.Module, inputs: list[Tensor]) -> None:
-        self.model = model
-        self.inputs = inputs
-
-    def batches(self, spec: CalibrationSpec) -> int:
-        return len(self.inputs)
-
-    def run(self, spec: CalibrationSpec, batch: int) -> Tensor:
-        y: Tensor = self.model(self.inputs[batch])[0]
-        return y
-
-
 def moments_of(layer: nn.Module, inputs: list[Tensor], rows: int = ALL) -> Tensor:
-    model = One(layer)
-    spec = CalibrationSpec(n=len(inputs), steps=1, batch=1)
-    calibration = Calibration(model, Given(model, inputs), spec)
-    return second_moments(calibration, {"layer": layer}, rows)["layer"]
+    return second_moments(calibration_of(One(layer), inputs), {"layer": layer}, rows)["layer"]
 
 
 def of_weight(weight: Tensor, moments: Tensor) -> Tensor:
@@ -181,9 +152,8 @@ def test_a_layer_that_is_never_reached_is_named() -> None:
     }
     for n, layer in layers.items():
         setattr(model, n, layer)
-    calibration = Calibration(model, Given(model, [torch.ones(2, 4)]), CalibrationSpec())
     with pytest.raises(DQError, match=r"^unused \(Linear 4->4\): no calibration data reaches it"):
-        second_moments(calibration, layers, ALL)
+        second_moments(calibration_of(model, [torch.ones(2, 4)]), layers, ALL)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
