@@ -122,12 +122,13 @@ class LayerSpec:
         for key in values:
             if key not in known:
                 raise unknown("key of a layer spec", key, known)
+        changed = values.get("transform")
         return cls(
             weight=TensorSpec.from_dict(values.get("weight", {})),
             input=TensorSpec.from_dict(values["input"]) if "input" in values else None,
             input_splits=tuple(values.get("input_splits", ())),
             kept_every=values.get("kept_every", 0),
-            transform=TransformSpec(**values["transform"]) if "transform" in values else None,
+            transform=None if changed is None else TransformSpec.from_dict(changed),
         )
 
     def __str__(self) -> str:

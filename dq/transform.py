@@ -11,14 +11,16 @@ before it is changed: zeros outside the image are zeros of x, not of x'.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from dq.errors import DQError
+from dq.errors import DQError, unknown
 
 __all__ = ["NO_TRANSFORM", "Transform", "TransformSpec", "hadamard"]
 
@@ -46,6 +48,19 @@ class TransformSpec:
     def bytes(self, channels: int) -> int:
         """Return what is stored of it: a float32 a channel for the shift, and for the scale."""
         return 4 * channels * (self.shift + self.scale)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read JSON values.
+
+        Raises:
+            DQError: For an unknown key, or parts that cannot be.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise unknown("key of a transform", key, known)
+        return cls(**values)
 
     def __str__(self) -> str:
         words = ["shifted"] * self.shift + ["scaled"] * self.scale

@@ -188,6 +188,8 @@ class PackedLayer(nn.Module):
             return weight, bias
         groups = conv_groups(self)
         weight = self.transform.restored(weight, groups)
+        if self.gained_bias:
+            return weight, None  # checkpoints of the float model have no place for it
         offset = self.transform.offset(weight, groups)
         return weight, bias if offset is None else bias.detach().float() - offset
 
