@@ -27,6 +27,7 @@ from dq import checksum, runtime
 from dq.arrivals import Arrivals, leaf
 from dq.engine import decide
 from dq.errors import DQError, inside, unknown
+from dq.memory import give_back
 from dq.nn import describe, empty_packed, packed_layers, unpack_model
 from dq.nn.packed import COMPANIONS, packed
 from dq.nn.swap import replace
@@ -36,6 +37,7 @@ from dq.recipe import Recipe
 __all__ = ["DQConfig", "DQQuantizer", "attach", "detach"]
 
 _ALIGNMENT = 64  # of torch's own allocations, bytes
+_GIVE_BACK = 1 << 22  # bytes of float weights after which freed memory goes back to the system
 _KEYS = ("recipe", "plan", "digest", "version")
 
 
@@ -134,6 +136,7 @@ class DQQuantizer(DiffusersQuantizer):
         self._stash: dict[str, Tensor] = {}
         self._arrivals: Arrivals | None = None  # while packed tensors come in
         self._prepared = False
+        self._freed = 0  # bytes of float weights that are packed and gone
 
     @property
     def is_serializable(self) -> bool:
@@ -253,6 +256,10 @@ class DQQuantizer(DiffusersQuantizer):
             made = packed(layer, self.plan.layers[name])
             made.load_layer(layer)
         replace(model, name, made)
+        self._freed += value.numel() * value.element_size()
+        if self._freed > _GIVE_BACK:
+            give_back()
+            self._freed = 0
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         lost = [n for n, tensor in model.state_dict().items() if tensor.is_meta]

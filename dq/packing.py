@@ -38,12 +38,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         bits: Width of a code, 1 to 8.
 
     Returns:
-        `(..., packed_length(K, bits))` uint8.
+        `(..., packed_length(K, bits))` uint8; for 8 bits this is `codes` itself.
     """
     planes, shift = [], 0
     for width in _fields(bits):
         if width == 8:
-            return codes.clone()
+            return codes
         field = (codes >> shift) & ((1 << width) - 1)
         parts = 8 // width
         count = -(-codes.shape[-1] // parts)

@@ -85,6 +85,11 @@ class LayerSpec:
         """Whether the input has scales that calibration must find."""
         return self.input is not None and not self.input.dynamic
 
+    @property
+    def is_deployable(self) -> bool:
+        """Whether some hardware knows the formats; see `TensorSpec.is_deployable`."""
+        return self.weight.is_deployable and (self.input is None or self.input.is_deployable)
+
     def bytes(self, rows: int, columns: int, channels: int = 0) -> int:
         """Return the bytes that a layer of N = rows and K = columns takes beside its bias.
 

@@ -74,7 +74,8 @@ def pack_weight(codes: Tensor, scales: Scales, spec: TensorSpec) -> dict[str, Te
     if scales.zero is not None:
         parts.append(pack((scales.zero - spec.grid.low).to(torch.uint8), spec.grid.bits))
     scale = scales.scale.float().reshape(shapes["weight_scale"][0])
-    return {"weight": torch.cat(parts, dim=1), "weight_scale": scale}
+    weight = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return {"weight": weight, "weight_scale": scale}
 
 
 def _least(spec: TensorSpec) -> int:

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
-from dq.formats import IntFormat
-from dq.kernels import Arguments, ConvArguments, Kernel, Site, choose
+from dq.formats import FloatFormat, IntFormat, formats
+from dq.kernels import Arguments, ConvArguments, Kernel, Site, choose, copies, onednn
 from dq.kernels.kernel import stamp_of
-from dq.kernels.onednn import forget, resident_bytes
 from dq.nn.changed import conv_groups, convolved, entered
 from dq.nn.kept import apart
 from dq.nn.layers import Layer, constructor, input_channels, matrix_shape
@@ -202,17 +201,15 @@ class PackedLayer(nn.Module):
         """Return what a kernel has to do for this layer."""
         weight, low = self.spec.weight, self.spec.input
         grid = weight.grid
-        weight_kind = "other"
+        weight_kind = _float_kind(weight)
         if isinstance(grid, IntFormat) and grid.signed and weight.symmetric and self._by_row():
             weight_kind = "int8"
-        elif weight.format == "e4m3" and self._by_row():
-            weight_kind = "e4m3"
         input_kind = "float" if low is None else "other"
-        if low is not None and low.granularity.kind != "group":
-            if low.grid.is_integer and (low.grid.low < 0 or not low.dynamic):
+        if low is not None and (low.grid.low < 0 or not low.dynamic):
+            if low.grid.is_integer and low.granularity.kind != "group":
                 input_kind = "int8"
-            elif low.format == "e4m3" and not self.spec.input_splits:
-                input_kind = "e4m3"
+            elif not self.spec.input_splits:
+                input_kind = _float_kind(low)
         groups = self.groups if isinstance(self, nn.Conv2d) else 1
         return Site(self.kind, device, self.rows, self.columns, weight_kind, input_kind, groups)
 
@@ -235,9 +232,11 @@ class PackedLayer(nn.Module):
         kernel = self.kernel(device or self.weight.device.type)
         if kernel is not None:
             return kernel.path
+        emulated = "" if self.spec.is_deployable else ", emulated format"
         if self.spec.input is None:
-            return f"unpack to {str(self.compute_dtype).removeprefix('torch.')}, stock kernel"
-        return "simulated"
+            dtype = str(self.compute_dtype).removeprefix("torch.")
+            return f"unpack to {dtype}, stock kernel{emulated}"
+        return f"simulated{emulated}"
 
     def _describe(self) -> dict[str, Any]:
         """Return what kernels must know beside the tensors."""
@@ -250,6 +249,9 @@ class PackedLayer(nn.Module):
             "groups": 0 if multiplier is None else self.columns // weight.granularity.size,
             "input_bits": 0 if low is None else low.grid.bits,
             "segments": list(self.spec.input_splits),
+            "weight_format": weight.format,
+            "input_format": "" if low is None else low.format,
+            "input_rule": "" if low is None else low.scale_rule,
         }
 
     def arguments(self) -> Arguments:
@@ -310,7 +312,8 @@ class PackedLayer(nn.Module):
     def keep(self, int8: bool) -> None:
         """Say whether kernels may keep whole numbers beside the codes; drop those they have."""
         self.keep_int8 = int8
-        forget(self.weight)
+        onednn.forget(self.weight)
+        copies.forget(self.weight)
 
     def stored_bytes(self) -> int:
         """Return the bytes of codes, scales, zero points and bias."""
@@ -319,7 +322,8 @@ class PackedLayer(nn.Module):
 
     def resident_bytes(self) -> int:
         """Return `stored_bytes` plus the expanded copies that kernels keep."""
-        return self.stored_bytes() + resident_bytes(self.weight)
+        kept = onednn.resident_bytes(self.weight) + copies.resident_bytes(self.weight)
+        return self.stored_bytes() + kept
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Asked beforehand: torch changes a parameter in place, and a refusal must leave it whole.
@@ -342,6 +346,22 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return shape and spec for `repr`."""
         return f"{super().extra_repr()}, {self.spec}"
+
+
+def _float_kind(spec: TensorSpec) -> str:
+    """Return what a tensor of floats is to kernels, "other" for those that none knows."""
+    grid, blocks = spec.grid, (spec.scale_format, spec.granularity.size)
+    if not isinstance(grid, FloatFormat):
+        return "other"
+    if not bool(torch.isin(grid.levels, formats["e4m3"].levels).all()):
+        return "other"
+    if blocks == ("e4m3", 16):
+        return "nvfp4" if spec.format == "e2m1" else "other"
+    if blocks == ("e8m0", 32):
+        return "mxfp4" if spec.format == "e2m1" else "mxfp8"
+    # Kernels find the scale of a token by its largest magnitude.
+    found = not spec.dynamic or spec.observer == "absmax"
+    return "fp8" if spec.granularity.kind != "group" and found else "other"
 
 
 def _scales(row: Tensor, spec: TensorSpec) -> Scales:
