@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from dq.calibrate import Calibration, tap_inputs
 from dq.errors import DQError
 from dq.nn import describe
 
-__all__ = ["ChannelRange", "channel_ranges", "input_samples"]
+__all__ = ["ChannelRange", "Seen", "look"]
 
 
 class ChannelRange(NamedTuple):
@@ -22,83 +22,97 @@ class ChannelRange(NamedTuple):
     high: Tensor
 
 
-def channel_ranges(calibration: Calibration, names: Iterable[str]) -> dict[str, ChannelRange]:
-    """Return the ranges of the inputs of some layers, over all calls of the calibration.
+class Seen(NamedTuple):
+    """What is known of the input of a layer.
+
+    The last batch of the calibration is held out: what was chosen by the others is tried on it.
+
+    Attributes:
+        range: Over all batches.
+        early: Over all batches but the last; over all if there is one only.
+        samples: A few inputs from the last batch, `(tokens, C)` or `(images, C, H, W)`, on the CPU.
+    """
+
+    range: ChannelRange
+    early: ChannelRange
+    samples: Tensor
+
+
+def look(
+    calibration: Calibration, names: Iterable[str], tokens: int = 512, images: int = 8
+) -> dict[str, Seen]:
+    """Look at what enters some layers of a float model, in one pass over the calibration.
 
     Args:
         calibration: Its captured calls are replayed.
         names: Modules of Linear and Conv2d layers.
+        tokens: Samples of a Linear, about.
+        images: Samples of a Conv2d, about.
 
     Raises:
         DQError: If a layer sees values that are not finite, or is never reached.
     """
     layers = {name: calibration.model.get_submodule(name) for name in names}
-    stored = calibration.work.load("channels")
+    stored = calibration.work.load("inputs")
     if stored is None or {n.rpartition(".")[0] for n in stored} != layers.keys():
-        found: dict[str, ChannelRange] = {}
-
-        def seen(name: str, x: Tensor) -> None:
-            low, high = torch.aminmax(_by_channel(layers[name], x).float(), dim=0)
-            known = found.get(name)
-            if known is not None:
-                low, high = torch.minimum(low, known.low), torch.maximum(high, known.high)
-            found[name] = ChannelRange(low, high)
-
-        for calls in calibration.batches():
-            with tap_inputs(layers, seen):
-                for _ in calibration.replay(calls):
-                    pass
-        stored = {f"{n}.{k}": v for n, r in found.items() for k, v in r._asdict().items()}
-        calibration.work.save("channels", stored)
-    for name, layer in layers.items():
-        if f"{name}.low" not in stored:
-            raise DQError(f"{describe(name, layer)}: no calibration data reaches it")
-        if not bool((stored[f"{name}.low"].isfinite() & stored[f"{name}.high"].isfinite()).all()):
-            raise DQError(f"{describe(name, layer)}: its input is not finite during calibration")
-    return {n: ChannelRange(stored[f"{n}.low"], stored[f"{n}.high"]) for n in layers}
+        stored = _look(calibration, layers, tokens, images)
+        calibration.work.save("inputs", stored)
+    return {name: _seen(name, stored) for name in layers}
 
 
-def input_samples(
-    calibration: Calibration, names: Iterable[str], tokens: int = 512, images: int = 8
+def _look(
+    calibration: Calibration, layers: Mapping[str, nn.Module], tokens: int, images: int
 ) -> dict[str, Tensor]:
-    """Return a few inputs of each layer, spread over the calls of the calibration.
-
-    Args:
-        calibration: Its captured calls are replayed.
-        names: Modules of Linear and Conv2d layers.
-        tokens: For a Linear.
-        images: For a Conv2d.
-
-    Returns:
-        `(tokens, C)` or `(images, C, H, W)`, about as many, on the CPU, by layer.
-    """
-    layers = {name: calibration.model.get_submodule(name) for name in names}
-    stored = calibration.work.load("samples")
-    if stored is not None and stored.keys() == layers.keys():
-        return stored
-    spec = calibration.spec
-    calls_in_all = max(spec.n * spec.steps // spec.batch, 1)
-    generator = torch.Generator().manual_seed(spec.seed)
-    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
-    turn = dict.fromkeys(layers, 0)
-
-    def seen(name: str, x: Tensor) -> None:
-        is_image = isinstance(layers[name], nn.Conv2d)
-        rows = x if is_image else x.reshape(-1, x.shape[-1])
-        wanted = images if is_image else tokens
-        turn[name] += 1
-        # So many from each call that all calls together give what is wanted.
-        count = wanted * turn[name] // calls_in_all - wanted * (turn[name] - 1) // calls_in_all
-        picked = torch.randperm(len(rows), generator=generator)[:count].to(x.device)
-        parts[name].append(rows[picked].cpu())
-
+    ranges: dict[str, list[ChannelRange]] = {name: [] for name in layers}
+    parts: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(calibration.spec.seed)
     for calls in calibration.batches():
+        now: dict[str, ChannelRange] = {}
+        parts = {name: [] for name in layers}  # those of the last batch stay
+
+        def seen(
+            name: str,
+            x: Tensor,
+            now: dict[str, ChannelRange] = now,
+            parts: dict[str, list[Tensor]] = parts,
+            calls: int = len(calls),
+        ) -> None:
+            low, high = torch.aminmax(_by_channel(layers[name], x).float(), dim=0)
+            if name in now:
+                low, high = torch.minimum(low, now[name].low), torch.maximum(high, now[name].high)
+            now[name] = ChannelRange(low, high)
+            is_image = isinstance(layers[name], nn.Conv2d)
+            rows = x if is_image else x.reshape(-1, x.shape[-1])
+            count = -(-(images if is_image else tokens) // calls)
+            picked = torch.randperm(len(rows), generator=generator)[:count].to(x.device)
+            parts[name].append(rows[picked].cpu())
+
         with tap_inputs(layers, seen):
             for _ in calibration.replay(calls):
                 pass
-    found = {name: torch.cat(some) for name, some in parts.items() if some}
-    calibration.work.save("samples", found)
-    return found
+        for name, found in now.items():
+            ranges[name].append(found)
+    stored: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        place = describe(name, layer)
+        if not ranges[name] or not parts[name]:
+            raise DQError(f"{place}: no calibration data reaches it")
+        ends = torch.stack([torch.stack(found) for found in ranges[name]])
+        if not bool(ends.isfinite().all()):
+            raise DQError(f"{place}: its input is not finite during calibration")
+        stored[f"{name}.ends"] = ends  # (batches, 2, C)
+        stored[f"{name}.samples"] = torch.cat(parts[name])
+    return stored
+
+
+def _seen(name: str, stored: Mapping[str, Tensor]) -> Seen:
+    low, high = stored[f"{name}.ends"].unbind(1)
+    early = slice(0, max(len(low) - 1, 1))
+    return Seen(
+        ChannelRange(low.amin(0), high.amax(0)),
+        ChannelRange(low[early].amin(0), high[early].amax(0)),
+        stored[f"{name}.samples"],
+    )
 
 
 def _by_channel(layer: nn.Module, x: Tensor) -> Tensor:

@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from dq.errors import DQError, inside, unknown
 from dq.family import Role, quantizable
-from dq.inputs import ChannelRange, channel_ranges, input_samples
+from dq.inputs import Seen, look
 from dq.method import Job, Method
 from dq.nn import describe
 from dq.nn.layers import Layer
@@ -28,15 +26,13 @@ class Site:
     Attributes:
         layers: The float layers, by name.
         specs: How they are to be quantized.
-        range: Of the channels of their input.
-        samples: Of their input.
+        input: What is known of their input.
         before: How an earlier step changes it.
     """
 
     layers: dict[str, Layer]
     specs: dict[str, LayerSpec]
-    range: ChannelRange
-    samples: Tensor
+    input: Seen
     before: Transform
 
 
@@ -71,16 +67,14 @@ class Change(Method):
         """
         groups = list(self._groups(job))
         names = [name for group in groups for name in group]
-        ranges = channel_ranges(job.calibration, names)
-        samples = input_samples(job.calibration, names)
+        seen = look(job.calibration, names) if names else {}
         layers, specs = quantizable(job.model), dict(job.plan.layers)
         for group in track(groups, f"{type(self).__name__.lower()}"):
             first = group[0]
             site = Site(
                 {name: layers[name] for name in group},
                 {name: specs[name] for name in group},
-                ranges[first],
-                samples[first],
+                seen[first],
                 job.transforms.get(first, NO_TRANSFORM),
             )
             with inside(describe(first, layers[first])):

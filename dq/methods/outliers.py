@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from dq.errors import DQError
+from dq.inputs import ChannelRange
 from dq.method import methods
 from dq.methods.changes import Change, Site
 from dq.plan import LayerSpec
@@ -46,25 +47,35 @@ class OutlierSuppression(Change):
     def change(self, site: Site) -> Transform | None:
         """See `Change.change`."""
         self.refuse(site.before, "shift and scale")
-        tried = [NO_TRANSFORM]
-        for shift in (False, True) if self.shift else (False,):
-            low, high = site.range
-            middle = (low + high) / 2 if shift else torch.zeros_like(low)
-            reach = torch.maximum(high - middle, middle - low)
-            for threshold in self.thresholds:
-                scale = (reach / (threshold * reach.max()).clamp_min(1e-12)).clamp_min(1.0)
-                tried.append(Transform(middle if shift else None, scale))
-        errors = [self._error(site, transform) for transform in tried]
+        tried = [
+            (shift, threshold)
+            for shift in ((False, True) if self.shift else (False,))
+            for threshold in self.thresholds
+        ]
+        early = site.input.early
+        errors = [self._error(site, _transform(early, *settings)) for settings in tried]
         best = min(range(len(tried)), key=errors.__getitem__)
-        return tried[best] if errors[best] < _GAIN * errors[0] else None
+        if errors[best] > _GAIN * self._error(site, NO_TRANSFORM):
+            return None
+        return _transform(site.input.range, *tried[best])
 
     def _error(self, site: Site, transform: Transform) -> float:
+        """Return the error on inputs that the transform was not made of."""
         total = 0.0
         for name, layer in site.layers.items():
-            spec = _quick(site.specs[name], transform)
-            range = observed(layer, site.samples, spec, transform, site.range)
-            total += output_error(layer, site.samples, spec, range, transform)
+            spec, (_, early, samples) = _quick(site.specs[name], transform), site.input
+            range = observed(layer, samples, spec, transform, early)
+            total += output_error(layer, samples, spec, range, transform)
         return total
+
+
+def _transform(seen: ChannelRange, shift: bool, threshold: float) -> Transform:
+    """Return the transform of a threshold, given as a share of the largest magnitude."""
+    low, high = seen
+    middle = (low + high) / 2 if shift else torch.zeros_like(low)
+    reach = torch.maximum(high - middle, middle - low)
+    scale = (reach / (threshold * reach.max()).clamp_min(1e-12)).clamp_min(1.0)
+    return Transform(middle if shift else None, scale)
 
 
 def _quick(spec: LayerSpec, transform: Transform) -> LayerSpec:

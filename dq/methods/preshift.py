@@ -33,7 +33,7 @@ class PreShift(Change):
         if not exponents:
             raise DQError("its input is not floating point: an exponent bias is for such formats")
         span = (1 << max(exponents)) - 1
-        reach = torch.maximum(-site.range.low, site.range.high)
+        reach = torch.maximum(-site.input.range.low, site.input.range.high)
         power = torch.frexp(reach).exponent - torch.frexp(reach.max()).exponent
         scale = torch.exp2(power.clamp(-span, 0).float())
         return Transform(scale=scale) if bool((scale != 1).any()) else None

@@ -15,13 +15,12 @@ import re
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dq.calibrate import InputRange
 from dq.errors import DQError, inside
 from dq.family import quantizable
 from dq.formats import FloatFormat
-from dq.inputs import ChannelRange, channel_ranges, input_samples
+from dq.inputs import ChannelRange, Seen, look
 from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
 from dq.methods.ptq import PTQ
@@ -79,38 +78,38 @@ class FormatSearch(Method):
             for name, spec in specs.items()
             if spec.transform is None and spec.input is not None and _is_searched(spec.input)
         ]
-        ranges = channel_ranges(job.calibration, seen) if seen else {}
-        samples = input_samples(job.calibration, seen) if seen else {}
+        inputs = look(job.calibration, seen) if seen else {}
         for name, spec in track(list(specs.items()), "searching formats"):
             with inside(describe(name, layers[name])):
                 weight, scales = _best_weight(layers[name], spec.weight)
                 specs[name] = dataclasses.replace(spec, weight=weight)
-                if name in ranges:
+                if name in inputs:
                     specs[name], found = self._best_input(
-                        layers[name], specs[name], scales, ranges[name], samples[name]
+                        layers[name], specs[name], scales, inputs[name]
                     )
                     if found is not None:
                         job.ranges[name] = found
         return dataclasses.replace(job.plan, layers=specs)
 
     def _best_input(
-        self, layer: Layer, spec: LayerSpec, scales: Scales, seen: ChannelRange, x: Tensor
+        self, layer: Layer, spec: LayerSpec, scales: Scales, seen: Seen
     ) -> tuple[LayerSpec, InputRange | None]:
         assert spec.input is not None  # the caller has asked
         grid = spec.input.grid
         assert isinstance(grid, FloatFormat)  # likewise
-        whole = _whole_range(layer, spec, seen)
-        tried: list[tuple[float, LayerSpec, InputRange | None]] = []
+        early = _ends(layer, spec, seen.early)
+        best, least = (spec, 1.0), torch.inf
         for name in _names(spec.input):
-            changed = dataclasses.replace(
-                spec, input=dataclasses.replace(spec.input, format=name), kept_every=0
-            )
+            tried = dataclasses.replace(spec, input=dataclasses.replace(spec.input, format=name))
+            alone = dataclasses.replace(tried, kept_every=0)
             for clip in self.clips if spec.is_static else (1.0,):
-                range = InputRange(whole.low * clip, whole.high * clip) if spec.is_static else None
-                error = output_error(layer, x, changed, range, scales=scales)
-                tried.append((error, dataclasses.replace(spec, input=changed.input), range))
-        _, best, range = min(tried, key=lambda one: one[0])
-        return best, range
+                range = _clipped(early, clip) if spec.is_static else None
+                error = output_error(layer, seen.samples, alone, range, scales=scales)
+                if error < least:
+                    best, least = (tried, clip), error
+        found, clip = best
+        ends = _ends(layer, spec, seen.range)
+        return found, _clipped(ends, clip) if spec.is_static else None
 
 
 def _is_searched(spec: TensorSpec) -> bool:
@@ -137,11 +136,15 @@ def _best_weight(layer: Layer, spec: TensorSpec) -> tuple[TensorSpec, Scales]:
     return best, scales
 
 
-def _whole_range(layer: Layer, spec: LayerSpec, seen: ChannelRange) -> InputRange:
+def _ends(layer: Layer, spec: LayerSpec, seen: ChannelRange) -> InputRange:
     """Return the range of each segment of the input."""
     sizes = segments(layer, spec)
     low = torch.stack([part.min() for part in seen.low.split(sizes)])
     return InputRange(low, torch.stack([part.max() for part in seen.high.split(sizes)]))
+
+
+def _clipped(range: InputRange, clip: float) -> InputRange:
+    return InputRange(range.low * clip, range.high * clip)
 
 
 def _middle(bits: int) -> str:

@@ -63,6 +63,6 @@ class SmoothQuant(Change):
     def change(self, site: Site) -> Transform:
         """See `Change.change`."""
         self.refuse(site.before, "smoothing")
-        reach = torch.maximum(-site.range.low, site.range.high)
+        reach = torch.maximum(-site.input.range.low, site.input.range.high)
         weights = torch.stack([largest_weights(layer) for layer in site.layers.values()]).amax(0)
         return Transform(scale=smoothing(reach, weights.to(reach.device), self.alpha))

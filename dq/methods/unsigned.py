@@ -54,11 +54,11 @@ class Unsigned(Change):
     def change(self, site: Site) -> Transform | None:
         """See `Change.change`."""
         self.refuse(site.before, "a shift")
-        low, high = site.range.low.min(), site.range.high.max()
+        low, high = site.input.range.low.min(), site.input.range.high.max()
         specs = [spec.input for spec in site.specs.values()]
         if not -low <= self.most * high or any(s is None or not unsigned_spec(s) for s in specs):
             return None
-        return Transform(shift=torch.full_like(site.range.low, float(low.clamp_max(0))))
+        return Transform(shift=torch.full_like(site.input.range.low, float(low.clamp_max(0))))
 
     def changed_spec(self, spec: LayerSpec, transform: Transform) -> LayerSpec:
         """See `Change.changed_spec`."""
