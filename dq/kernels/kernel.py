@@ -30,14 +30,18 @@ __all__ = [
 class Site:
     """What a layer needs of a kernel.
 
+    Blocks are "nvfp4" (16 e2m1 elements and an e4m3 scale), "mxfp4" (32 e2m1 elements and a power
+    of two) and "mxfp8" (the same of other floats whose levels e4m3 has too).
+
     Args:
         kind: "linear" or "conv2d".
         device: Device type, "cpu" or "cuda".
         rows: Output features N.
         columns: Features K that are summed over.
-        weight: "int8" (integer levels, one float scale a row), "e4m3" (likewise), or "other".
-        input: "int8" (codes of at most 8 bits, affine), "e4m3" (one scale a tensor or token),
-            "float" (left as it is), or "other".
+        weight: "int8" (integer levels, one float scale a row), "fp8" (floats whose levels e4m3 has
+            too, likewise), one of these blocks, or "other".
+        input: "int8" (codes of at most 8 bits, affine), "fp8" (as in weights; one scale a tensor or
+            token), "float" (left as it is), one of these blocks, or "other".
         groups: Groups of a convolution; 1 for linears.
     """
 
@@ -55,8 +59,8 @@ class Arguments(NamedTuple):
 
     Attributes:
         weight: `(N, bytes)` uint8, of convolutions `(N, bytes, 1, 1)`; a row holds K packed codes,
-            then G packed multipliers minus one.
-        scale: `(N,)` float32.
+            then G packed multipliers, of integers minus one; see `dq.storage`.
+        scale: `(N,)` float32; `(1,)` of blocks.
         bias: `(N,)` floating point or None.
         input_affine: `(S, 2)` float32, scale and code of zero of each segment of input channels;
             None for dynamic inputs.
@@ -66,8 +70,12 @@ class Arguments(NamedTuple):
         groups: G, the number of multipliers in a row; 0 without.
         input_bits: Width of an input code.
         segments: Sizes of the S channel segments; empty if S is 1.
-        keep: Whether a kernel may keep the whole numbers that codes stand for, int8, beside them;
+        keep: Whether a kernel may keep the numbers that codes stand for, a byte each, beside them;
             otherwise it makes them anew at every call.
+        weight_format: Name of the format of the codes; read where the kind of the site leaves it
+            open.
+        input_format: Likewise of the input.
+        input_rule: How the scales of blocks of the input are found; see `dq.blocks`.
     """
 
     weight: Tensor
@@ -81,12 +89,16 @@ class Arguments(NamedTuple):
     input_bits: int
     segments: list[int]
     keep: bool = True
+    weight_format: str = ""
+    input_format: str = ""
+    input_rule: str = ""
 
 
 # The same for the schema of a custom op, in the same order.
 SCHEMA = (
     "Tensor weight, Tensor scale, Tensor? bias, Tensor? input_affine, int weight_bits, "
-    "int columns, int multiplier_bits, int groups, int input_bits, int[] segments, bool keep"
+    "int columns, int multiplier_bits, int groups, int input_bits, int[] segments, bool keep, "
+    "str weight_format, str input_format, str input_rule"
 )
 
 
@@ -153,7 +165,7 @@ def _trusted(kernel: Kernel, device: str) -> bool:
     try:
         agrees = kernel.check(torch.device(device))
         reason = "its product is wrong"
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # as torch has it for what it does not take
         agrees, reason = False, str(error).splitlines()[0]
     if not agrees:
         warnings.warn(f"dq: kernel {kernel.path} is not used on {device}: {reason}", stacklevel=3)

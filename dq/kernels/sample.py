@@ -1,4 +1,7 @@
-"""Small known layers, for self-tests of kernels: odd sizes, groups, zero points, segments."""
+"""Small known layers, for self-tests of kernels: odd sizes, groups, zero points, segments.
+
+Products of floats are sums that every card rounds in its own way: `near` says what is still right.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from torch import Tensor
 from dq.kernels.kernel import Arguments, ConvArguments
 from dq.packing import pack
 
-__all__ = ["conv_sample", "linear_sample"]
+__all__ = ["conv_sample", "linear_sample", "near"]
+
+_ROUNDED = 2.0**-7  # bfloat16, twice
+_SUMMED = 2.0**-10  # tensor cores drop low bits of what they add up; a wrong term is far larger
 
 
 def _arguments(rows: int, columns: int, segments: list[int], device: torch.device) -> Arguments:
@@ -52,3 +58,17 @@ def conv_sample(device: torch.device) -> tuple[Tensor, Arguments, ConvArguments]
     x = torch.randn(2, 12, 7, 5, generator=torch.Generator().manual_seed(1))
     geometry = ConvArguments([3, 3], [2, 1], [1, 1], [1, 1], 1)
     return x.to(device), _arguments(10, 12 * 9, [5, 7], device), geometry
+
+
+def near(y: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether every element of `y` is that of a product, but for rounding.
+
+    Args:
+        y: `(R, N)`, a kernel's output, bfloat16.
+        x: `(R, K)`, what the kernel's inputs stand for.
+        weight: `(N, K)` likewise.
+    """
+    x, weight = x.double(), weight.double().t()
+    exact = x @ weight
+    allowed = _ROUNDED * exact.abs() + _SUMMED * (x.abs() @ weight.abs())
+    return bool(((y.double() - exact).abs() <= allowed).all())

@@ -60,7 +60,7 @@ def test_integer_layers_on_the_cpu_are_served() -> None:
     [
         {"weight": "other"},
         {"input": "float"},
-        {"weight": "e4m3", "input": "e4m3"},
+        *({"weight": kind, "input": kind} for kind in ("fp8", "nvfp4", "mxfp4", "mxfp8")),
         {"kind": "conv3d"},
         {"device": "mps"},
     ],
@@ -104,11 +104,16 @@ def _raise(device: torch.device) -> bool:
     raise RuntimeError("no such op\nand a long trace")
 
 
+def _refuse(device: torch.device) -> bool:
+    raise ValueError("this build takes no swizzle")
+
+
 @pytest.mark.parametrize(
     ("check", "text"),
     [
         (lambda device: False, "kernel test is not used on cpu: its product is wrong"),
         (_raise, "kernel test is not used on cpu: no such op$"),
+        (_refuse, "kernel test is not used on cpu: this build takes no swizzle$"),
     ],
 )
 def test_a_kernel_that_fails_its_self_test_is_left_out_with_one_warning(
