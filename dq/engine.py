@@ -125,12 +125,23 @@ def _install(job: Job) -> None:
     """
     there = {n: m.spec for n, m in job.model.named_modules() if isinstance(m, QuantLayer)}
     changed = {n: spec for n, spec in job.plan.layers.items() if there.get(n) != spec}
-    # What a step has found for itself is not looked for; a token to be kept always is.
-    found = {n for n, s in changed.items() if n in job.ranges and s.is_static and not s.kept_every}
-    rest = {n: spec for n, spec in changed.items() if n not in found}
-    ranges = job.calibration.input_ranges(replace(job.plan, layers=rest), job.transforms)
-    install(job.model, job.plan, transforms=job.transforms)
-    for name, range in {**ranges, **{n: job.ranges[n] for n in found}}.items():
+    # A range that a step has chosen is not looked for, if its format is still the one it is for; a
+    # token to be kept always is.
+    chosen = {
+        n: job.ranges[n].range
+        for n, s in changed.items()
+        if n in job.ranges and job.ranges[n].spec == s.input and not s.kept_every
+    }
+    rest = {n: spec for n, spec in changed.items() if n not in chosen}
+    transforms = {n: t for n, t in job.transforms.items() if _has_transform(job.plan, n)}
+    ranges = job.calibration.input_ranges(replace(job.plan, layers=rest), transforms)
+    install(job.model, job.plan, transforms=transforms)
+    for name, range in {**ranges, **chosen}.items():
         layer = job.model.get_submodule(name)
         assert isinstance(layer, QuantLayer)  # installed above
         layer.set_input(*range)
+
+
+def _has_transform(plan: Plan, name: str) -> bool:
+    """Whether a layer's input is changed; a later step may have decided otherwise."""
+    return name in plan.layers and plan.layers[name].transform is not None

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration, InputRanges
+from dq.calibrate import Calibration, InputRange
 from dq.family import Family
 from dq.plan import Plan
 from dq.registry import Registry
+from dq.spec import TensorSpec
 from dq.transform import Transform
 
-__all__ = ["Job", "Method", "methods"]
+__all__ = ["ChosenRange", "Job", "Method", "methods"]
+
+
+class ChosenRange(NamedTuple):
+    """The range of a static input that a step has chosen, and the format that it is for."""
+
+    spec: TensorSpec
+    range: InputRange
 
 
 @dataclass
@@ -35,7 +44,7 @@ class Job:
     plan: Plan
     calibration: Calibration
     transforms: dict[str, Transform] = field(default_factory=dict)
-    ranges: InputRanges = field(default_factory=dict)
+    ranges: dict[str, ChosenRange] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
 

@@ -21,7 +21,7 @@ from dq.errors import DQError, inside
 from dq.family import quantizable
 from dq.formats import FloatFormat
 from dq.inputs import ChannelRange, Seen, look
-from dq.method import Job, Method, methods
+from dq.method import ChosenRange, Job, Method, methods
 from dq.methods.bos import BOS
 from dq.methods.ptq import PTQ
 from dq.methods.suffix import SUFFIX, changes, rounding
@@ -87,8 +87,9 @@ class FormatSearch(Method):
                     specs[name], found = self._best_input(
                         layers[name], specs[name], scales, inputs[name]
                     )
-                    if found is not None:
-                        job.ranges[name] = found
+                    chosen = specs[name].input
+                    if found is not None and chosen is not None:
+                        job.ranges[name] = ChosenRange(chosen, found)
         return dataclasses.replace(job.plan, layers=specs)
 
     def _best_input(
