@@ -53,10 +53,11 @@ def look(
         DQError: If a layer sees values that are not finite, or is never reached.
     """
     layers = {name: calibration.model.get_submodule(name) for name in names}
-    stored = calibration.work.load("inputs")
+    stage = calibration.stage("inputs")
+    stored = calibration.work.load(stage)
     if stored is None or {n.rpartition(".")[0] for n in stored} != layers.keys():
         stored = _look(calibration, layers, tokens, images)
-        calibration.work.save("inputs", stored)
+        calibration.work.save(stage, stored)
     return {name: _seen(name, stored) for name in layers}
 
 
