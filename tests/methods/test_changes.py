@@ -285,3 +285,16 @@ def test_a_rotation_goes_on_top_of_a_scale() -> None:
     both = [s for s in plan.layers.values() if s.transform and s.transform.rotation]
     assert both
     assert all(spec.transform.scale for spec in both)
+
+
+def test_a_bias_that_only_a_shift_has_brought_is_spoken_of_in_the_plan() -> None:
+    """A checkpoint is loaded by its plan: another bias would find no place."""
+    model, plain = network("sd32"), network("sd32")
+    steps = (PTQ("int8", "int4", "dynamic"), OutlierSuppression(thresholds=(0.5,)))
+    plan = quantize(model, Recipe("t", steps), Samples(model))
+    gained = 0
+    for name, layer in packed_layers(model).items():
+        if layer.bias is not None and plain.get_submodule(name).bias is None:
+            assert plan.layers[name].transform.shift
+            gained += 1
+    assert gained
