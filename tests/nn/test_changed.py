@@ -139,19 +139,31 @@ def test_eight_bits_are_close_to_the_float_layer(kind: TransformSpec) -> None:
             assert 0 < relative_error(simulated(x), layer(x)) < 0.05, name
 
 
-@each_spec
+def check_packed(kind: TransformSpec, spec: str, dtype: torch.dtype, limit: float) -> None:
+    for name in LAYERS:
+        _, simulated, stored, x = made(name, kind, spec, dtype)
+        with torch.no_grad():
+            y, expected = stored(x), simulated(x)
+            assert y.dtype == dtype
+            assert y.shape == expected.shape
+            assert relative_error(y, expected) <= limit, name
+            assert torch.equal(stored.float_weight(), simulated.rounded_weight()), name
+
+
+@pytest.mark.parametrize("spec", ["int8 static", "int8 dynamic", "int4 static", "int4 float"])
 @each_kind
 def test_packed_layers_equal_the_simulated_ones(kind: TransformSpec, spec: str) -> None:
-    for name in LAYERS:
-        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
-            _, simulated, stored, x = made(name, kind, spec, dtype)
-            with torch.no_grad():
-                y, expected = stored(x), simulated(x)
-                assert y.dtype == dtype
-                assert y.shape == expected.shape
-                assert relative_error(y, expected) <= limit, (name, dtype)
-                restored = simulated.rounded_weight()
-                assert torch.equal(stored.float_weight(), restored), name
+    check_packed(kind, spec, torch.float32, 1e-5)
+
+
+@each_spec
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.005)],
+    ids=str,
+)
+def test_so_they_do_in_all_formats_and_dtypes(dtype: torch.dtype, limit: float, spec: str) -> None:
+    check_packed(TransformSpec(True, True, 8), spec, dtype, limit)
 
 
 @pytest.mark.parametrize("spec", ["int8 static", "int8 dynamic", "int4 static", "int4 dynamic"])
@@ -189,12 +201,15 @@ def test_a_shift_brings_a_bias_where_there_is_none(name: str, spec: str) -> None
 @each_kind
 def test_stored_bytes_are_those_that_the_spec_promises(kind: TransformSpec, spec: str) -> None:
     for name in LAYERS:
-        layer, _, stored, _ = made(name, kind, spec)
-        bias = 0 if stored.bias is None else stored.bias.nbytes
-        promised = stored.spec.bytes(stored.rows, stored.columns, input_channels(layer))
-        assert stored.stored_bytes() - bias == promised, name
-        skeleton = packed(layer, stored.spec, torch.device("meta"))
-        assert skeleton.stored_bytes() == stored.stored_bytes()
+        layer, _ = build(name)
+        weight, low = SPECS[spec]
+        empty = packed(layer, LayerSpec(weight, low, transform=kind), torch.device("meta"))
+        bias = 0 if empty.bias is None else empty.bias.nbytes
+        promised = empty.spec.bytes(empty.rows, empty.columns, input_channels(layer))
+        assert empty.stored_bytes() - bias == promised, name
+    stored = made("grouped conv", kind, spec)[2]
+    empty = packed(build("grouped conv")[0], stored.spec, torch.device("meta"))
+    assert stored.stored_bytes() == empty.stored_bytes()
 
 
 @each_spec
