@@ -100,6 +100,19 @@ def outputs(model: nn.Module, calls: list[Call]) -> Tensor:
 HEAVY = ("convolution", "self-attention", "feed-forward")
 
 
+def _first(name: str) -> PTQ:
+    heavy = HEAVY if MODELS[name].denoiser == "unet" else ()
+    return dataclasses.replace(W4, skip_roles=heavy)
+
+
+@cache
+def _nearest(name: str) -> tuple[nn.Module, float]:
+    """Return a model rounded to nearest, and how near it comes, dB."""
+    model, _ = rounded(_first(name), model=network(name))
+    calls, wanted = captured(name)
+    return model, sqnr(outputs(model, calls), wanted)
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [(name, GPTQ()) for name in MODELS]
@@ -108,16 +121,13 @@ HEAVY = ("convolution", "self-attention", "feed-forward")
     ids=str,
 )
 def test_every_family_comes_nearer_to_full_precision(name: str, step: Rounding) -> None:
-    heavy = HEAVY if MODELS[name].denoiser == "unet" else ()
-    first = dataclasses.replace(W4, skip_roles=heavy)
     calls, wanted = captured(name)
-    nearest, _ = rounded(first, model=network(name))
-    model, plan = rounded(first, step, model=network(name))
+    nearest, least = _nearest(name)
+    model, plan = rounded(_first(name), step, model=network(name))
     narrow = {n for n, spec in plan.layers.items() if spec.weight.format == "int4"}
     assert narrow
     assert differing(model, nearest) == narrow
-    found = [sqnr(outputs(m, calls), wanted) for m in (model, nearest)]
-    assert found[0] > found[1] + 0.5
+    assert sqnr(outputs(model, calls), wanted) > least + 0.5
 
 
 class _Images(Drawing):
