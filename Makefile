@@ -4,6 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -12,6 +13,8 @@ LOCK := $(if $(shell command -v flock),flock Makefile)
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 OMP_NUM_THREADS=1
 # -P keeps the checkout off sys.path: tests see what is installed, as a user does.
 PYTEST := $(OFFLINE) $(BIN)/python -P -m pytest
+# Files of tests share what they have quantized: each stays in one process.
+PARALLEL := -n $(WORKERS) --dist loadfile
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -34,10 +37,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch "$@"'
 
 test: setup ## run the tests that need neither a GPU nor much time; no network
-	$(PYTEST) -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: setup ## run every test this machine can run
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) $(PARALLEL) $(PYTEST_ARGS)
 
 coverage: setup ## run the tests and list the lines they miss
 	$(PYTEST) -m "not slow and not gpu" --cov --cov-report=term-missing $(PYTEST_ARGS)
