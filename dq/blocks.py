@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from dq.errors import DQError
 from dq.formats import FloatFormat, Format, formats
 from dq.scales import Scales, usable
 from dq.spec import TensorSpec
@@ -34,24 +33,20 @@ _ROOM = 256.0  # beside 448: leaves room for blocks whose largest magnitude goes
 _LOWEST, _HIGHEST = -127, 127  # exponents of E8M0
 
 
-def outer_scale(x: Tensor, spec: TensorSpec) -> Tensor:
+def outer_scale(reach: Tensor, spec: TensorSpec) -> Tensor:
     """Return the float32 scale that the multipliers of MX and NVFP4 blocks stand upon.
 
     Args:
-        x: `(R, K)` floating point.
+        reach: `(R, 1)` floating point, the largest magnitude of each row.
         spec: Of a weight, or of a dynamic input, whose rows must not depend on each other.
 
     Returns:
         `(1, 1)`, or `(R, 1)` for dynamic inputs with floating-point multipliers.
-
-    Raises:
-        DQError: If `x` has a value that is not finite.
     """
-    reach = x.abs().amax(1, keepdim=True) if spec.outer_by_row else x.abs().max().view(1, 1)
-    if not bool(reach.isfinite().all()):
-        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
     if not isinstance(spec.scale_grid, FloatFormat):
-        return torch.ones(1, 1, device=x.device)
+        return torch.ones(1, 1, device=reach.device)
+    if not spec.outer_by_row:
+        reach = reach.amax().view(1, 1)
     top = spec.scale_grid.high if spec.scale_rule == "nearest" else _ROOM
     return usable(reach.float() / (spec.grid.high * top))
 
@@ -69,16 +64,14 @@ def float_blocks(parts: Tensor, outer: Tensor, spec: TensorSpec) -> Tensor:
     """
     reach = parts.abs().amax(-1)
     grid = spec.scale_grid
-    assert grid is not None  # a scale of one level has no multipliers
-    if spec.scale_format == "e8m0":
+    if not isinstance(grid, FloatFormat):
         if spec.scale_rule != "search":
             return _power(_MX_RULES[spec.scale_rule](reach, spec.grid))
         whole = _rceil(reach, spec.grid)
         return _least((_power(whole - below) for below in _BELOW), parts, outer, spec)
-    smallest = float(grid.levels[grid.levels > 0][0])  # a block of scale 0 could not be divided
 
     def rounded(multiplier: Tensor) -> Tensor:
-        return grid.round(multiplier).clamp_min_(smallest)
+        return grid.round(multiplier).clamp_min_(grid.tiny)  # 0 could not be divided by
 
     nearest = reach / spec.grid.high / outer
     if spec.scale_rule == "nearest":
@@ -86,8 +79,7 @@ def float_blocks(parts: Tensor, outer: Tensor, spec: TensorSpec) -> Tensor:
     if spec.scale_rule == "four-six":
         return _least((rounded(nearest * factor) for factor in (1.0, 1.5)), parts, outer, spec)
     code = grid.encode(nearest).int()
-    top = int(grid.encode(torch.tensor(grid.high)))
-    tried = (grid.decode((code + offset).clamp_(1, top).to(torch.uint8)) for offset in _CODES)
+    tried = (grid.decode((code + offset).clamp_(1, grid.top).to(torch.uint8)) for offset in _CODES)
     return _least(tried, parts, outer, spec)
 
 
@@ -122,17 +114,13 @@ def _log2_above(x: Tensor) -> Tensor:
     return torch.where(x > 0, exponent - (fraction == 0.5).int(), 2 * _LOWEST).float()
 
 
-def _emax(grid: Format) -> int:
-    return int(torch.frexp(torch.tensor(grid.high)).exponent) - 1
-
-
 def _floor(reach: Tensor, grid: Format) -> Tensor:
     """The least that OCP MX 1.0 asks for (section 6.3): the top of a block may saturate."""
-    return _log2_below(reach) - _emax(grid)
+    return _log2_below(reach) - grid.emax
 
 
 def _ceil(reach: Tensor, grid: Format) -> Tensor:
-    return _log2_above(reach) - _emax(grid)
+    return _log2_above(reach) - grid.emax
 
 
 def _even(reach: Tensor, grid: Format) -> Tensor:
@@ -141,7 +129,7 @@ def _even(reach: Tensor, grid: Format) -> Tensor:
     fraction, exponent = torch.frexp(reach)
     steps = float(1 << (grid.mantissa + 1))  # levels from 1/2 to 1
     rounded = torch.ldexp(torch.floor(fraction * steps + 0.5) / steps, exponent)
-    return _log2_below(rounded) - _emax(grid)
+    return _log2_below(rounded) - grid.emax
 
 
 def _rceil(reach: Tensor, grid: Format) -> Tensor:

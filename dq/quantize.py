@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dq.blocks import float_blocks, integer_blocks, outer_scale
+from dq.errors import DQError
 from dq.observers import observers
 from dq.scales import Scales, scales_of_range
 from dq.spec import TensorSpec
@@ -41,7 +42,10 @@ def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
         return _ranged(x, spec)
     if not spec.has_float_blocks:
         return Scales.stack([_ranged(x[part], spec) for part in _strips(x)])
-    outer = Scales(outer_scale(x, spec))
+    reach = x.abs().amax(1, keepdim=True)
+    if not bool(reach.isfinite().all()):
+        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
+    outer = Scales(outer_scale(reach, spec))
     found = [
         float_blocks(_blocks(x[part].float(), spec), outer.rows(part).scale, spec)
         for part in _strips(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ class Format(ABC):
     @abstractmethod
     def high(self) -> float:
         """The largest level."""
+
+    @property
+    def emax(self) -> int:
+        """Exponent of the power of two at or below the largest level."""
+        return frexp(self.high)[1] - 1
 
     @property
     def is_integer(self) -> bool:

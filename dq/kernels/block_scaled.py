@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
 
-from dq.kernels.block_scales import Blocks, decoded, mx_blocks, nvfp4_blocks, pairs, swizzled
+from dq.kernels.block_scales import Blocks, decoded, in_blocks, pairs, swizzled
 from dq.kernels.copies import kept
-from dq.kernels.floats import as_e4m3
 from dq.kernels.kernel import SCHEMA, Arguments, Kernel, Site, kernels
 from dq.kernels.sample import near
-from dq.kernels.scaled_mm import capability
+from dq.kernels.scaled_mm import as_e4m3, capability
 from dq.packing import pack, packed_length, unpack
+from dq.spec import Granularity, TensorSpec
 
 __all__ = ["linear"]
 
@@ -46,11 +46,15 @@ class _Recipe:
         recipe: torch's name.
         elements: Dtype of elements; of float4_e2m1fn_x2 two lie in a byte.
         scales: Dtype of the scales of blocks.
+        scale_format: The same in `dq.formats`.
+        size: Elements in a block.
     """
 
     recipe: ScalingType
     elements: torch.dtype
     scales: torch.dtype
+    scale_format: str
+    size: int
 
     @property
     def is_fp4(self) -> bool:
@@ -59,16 +63,27 @@ class _Recipe:
 
 
 _RECIPES = {
-    "nvfp4": _Recipe(ScalingType.BlockWise1x16, torch.float4_e2m1fn_x2, torch.float8_e4m3fn),
-    "mxfp4": _Recipe(ScalingType.BlockWise1x32, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu),
-    "mxfp8": _Recipe(ScalingType.BlockWise1x32, torch.float8_e4m3fn, torch.float8_e8m0fnu),
+    "nvfp4": _Recipe(
+        ScalingType.BlockWise1x16, torch.float4_e2m1fn_x2, torch.float8_e4m3fn, "e4m3", 16
+    ),
+    "mxfp4": _Recipe(
+        ScalingType.BlockWise1x32, torch.float4_e2m1fn_x2, torch.float8_e8m0fnu, "e8m0", 32
+    ),
+    "mxfp8": _Recipe(
+        ScalingType.BlockWise1x32, torch.float8_e4m3fn, torch.float8_e8m0fnu, "e8m0", 32
+    ),
 }
 
 
+def _spec(kind: str, name: str, rule: str = "search") -> TensorSpec:
+    """Return the spec of an input, by the name of its elements' format."""
+    of = _RECIPES[kind]
+    blocks = Granularity("group", of.size)
+    return TensorSpec(name, blocks, dynamic=True, scale_format=of.scale_format, scale_rule=rule)
+
+
 def _blocks(x: Tensor, kind: str, a: Arguments) -> Blocks:
-    if kind == "nvfp4":
-        return nvfp4_blocks(x, a.input_rule)
-    return mx_blocks(x, a.input_format, a.input_rule)
+    return in_blocks(x, _spec(kind, a.input_format, a.input_rule))
 
 
 def _stored(a: Arguments) -> Blocks:
@@ -76,7 +91,7 @@ def _stored(a: Arguments) -> Blocks:
     packed = a.weight.flatten(1)
     length = packed_length(a.columns, a.weight_bits)
     codes = unpack(packed[:, :length], a.weight_bits, a.columns)
-    return Blocks(codes, packed[:, length:], None)
+    return Blocks(codes, packed[:, length:], a.scale.view(1, 1))
 
 
 def _operand(blocks: Blocks, kind: str, name: str) -> tuple[Tensor, Tensor]:
@@ -152,7 +167,7 @@ def linear(x: Tensor, a: Arguments, kind: str) -> Tensor:
         y = torch.ops.dq.block_scaled(elements, scales, kind, *a)
     else:
         y = _product(elements, scales, kind, a)
-    if low.outer is not None:
+    if kind == "nvfp4":
         y = y * (low.outer * a.scale)  # float32
     if a.bias is not None:
         y = y.float() + a.bias
@@ -181,7 +196,7 @@ def _refuses(kind: str) -> Callable[[Site], str | None]:
 def _sample(kind: str, device: torch.device) -> tuple[Tensor, Arguments]:
     """Return an input and a layer of more than one tile of scales each way, none of them full."""
     generator = torch.Generator().manual_seed(0)
-    rows, columns, size = 144, 288, 16 if kind == "nvfp4" else 32
+    rows, columns, size = 144, 288, _RECIPES[kind].size
 
     def spread(rows: int) -> Tensor:
         """Return numbers whose blocks have scales far apart, so that none can stand for others."""
@@ -205,8 +220,8 @@ def _sample(kind: str, device: torch.device) -> tuple[Tensor, Arguments]:
 
 def _check(kind: str, device: torch.device) -> bool:
     x, a = _sample(kind, device)
-    restored = decoded(_blocks(x, kind, a), a.input_format)
-    weight = decoded(_stored(a), a.weight_format) * a.scale
+    restored = decoded(_blocks(x, kind, a), _spec(kind, a.input_format))
+    weight = decoded(_stored(a), _spec(kind, a.weight_format))
     return near(linear(x, a, kind), restored, weight)
 
 

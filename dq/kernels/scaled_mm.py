@@ -18,20 +18,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq.formats import formats
 from dq.kernels.copies import kept
-from dq.kernels.floats import as_e4m3, encode, fields
 from dq.kernels.kernel import SCHEMA, Arguments, Kernel, Site, kernels
 from dq.kernels.sample import near
 from dq.packing import pack, packed_length, unpack
+from dq.scales import usable
 
-__all__ = ["capability", "e4m3_codes", "linear"]
-
-_TINY = torch.finfo(torch.float32).tiny
+__all__ = ["as_e4m3", "capability", "e4m3_codes", "linear"]
 
 
 def capability() -> tuple[int, int]:
     """Return the compute capability of the current card; (0, 0) without one."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+def as_e4m3(codes: Tensor, name: str) -> Tensor:
+    """Return the levels of uint8 codes as float8_e4m3fn.
+
+    Args:
+        codes: Any shape.
+        name: Of their format, whose levels are e4m3 ones.
+    """
+    if name != "e4m3":
+        grid = formats[name]
+        every = torch.arange(1 << grid.bits, device=codes.device).to(torch.uint8)
+        codes = formats["e4m3"].encode(grid.decode(every))[codes.int()]
+    return codes.view(torch.float8_e4m3fn)
 
 
 def e4m3_codes(a: Arguments) -> Tensor:
@@ -48,13 +61,12 @@ def _weight(a: Arguments) -> Tensor:
 
 def _quantized(rows: Tensor, a: Arguments) -> tuple[Tensor, Tensor]:
     """Return levels `(R, K)` float8_e4m3fn and scales `(R, 1)` float32 of an input."""
+    grid = formats[a.input_format]
     if a.input_affine is None:
-        reach = rows.abs().amax(dim=1, keepdim=True).float()
-        step = reach / fields(a.input_format).high
-        step = torch.where(step > _TINY, step, 1.0)  # as `dq.scales.usable`
+        step = usable(rows.abs().amax(dim=1, keepdim=True).float() / grid.high)
     else:
         step = a.input_affine[:, :1].expand(len(rows), 1).contiguous()
-    return as_e4m3(encode(rows.float() / step, a.input_format), a.input_format), step
+    return as_e4m3(grid.encode(rows.float() / step), a.input_format), step
 
 
 def _by_row(codes: Tensor, step: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

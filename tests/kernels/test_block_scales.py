@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dq.errors import DQError
 from dq.formats import formats
-from dq.kernels.block_scales import Blocks, decoded, mx_blocks, nvfp4_blocks, pairs, swizzled
+from dq.kernels.block_scales import decoded, in_blocks, pairs, swizzled
 from dq.quantize import choose_scales, dequantize, quantize
 from dq.spec import Granularity, TensorSpec
 
@@ -35,7 +35,8 @@ def spec(name: str, rule: str, scales: str) -> TensorSpec:
     return TensorSpec(name, size, dynamic=True, scale_format=scales, scale_rule=rule)
 
 
-def equals(blocks: Blocks, x: Tensor, s: TensorSpec) -> bool:
+def equals(x: Tensor, s: TensorSpec) -> bool:
+    blocks = in_blocks(x, s)
     scales = choose_scales(x, s)
     codes = quantize(x, scales, s)
     assert s.scale_grid is not None
@@ -44,8 +45,8 @@ def equals(blocks: Blocks, x: Tensor, s: TensorSpec) -> bool:
     return (
         torch.equal(blocks.codes, codes)
         and torch.equal(blocks.scales, written)
-        and (blocks.outer is None or torch.equal(blocks.outer, scales.scale))
-        and torch.equal(decoded(blocks, s.format), dequantize(codes, scales, s))
+        and torch.equal(blocks.outer, scales.scale)
+        and torch.equal(decoded(blocks, s), dequantize(codes, scales, s))
     )
 
 
@@ -56,7 +57,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 @pytest.mark.parametrize("rule", NVFP4_RULES)
 def test_nvfp4_inputs_are_quantized_as_everywhere(rule: str, dtype: torch.dtype) -> None:
     x = matrix(dtype=dtype)
-    assert equals(nvfp4_blocks(x, rule), x, spec("e2m1", rule, "e4m3"))
+    assert equals(x, spec("e2m1", rule, "e4m3"))
 
 
 @dtypes
@@ -64,7 +65,7 @@ def test_nvfp4_inputs_are_quantized_as_everywhere(rule: str, dtype: torch.dtype)
 @pytest.mark.parametrize("name", ELEMENTS)
 def test_mx_inputs_are_quantized_as_everywhere(name: str, rule: str, dtype: torch.dtype) -> None:
     x = matrix(dtype=dtype)
-    assert equals(mx_blocks(x, name, rule), x, spec(name, rule, "e8m0"))
+    assert equals(x, spec(name, rule, "e8m0"))
 
 
 def test_every_rule_that_a_spec_may_have_is_known() -> None:
@@ -78,13 +79,13 @@ def test_scales_at_both_ends_of_the_exponents() -> None:
     x = torch.zeros(2, 32)
     x[0, 0], x[1, 0] = 3e38, 1e-40
     for name, rule in itertools.product(ELEMENTS, MX_RULES):
-        assert equals(mx_blocks(x, name, rule), x, spec(name, rule, "e8m0")), (name, rule)
+        assert equals(x, spec(name, rule, "e8m0")), (name, rule)
 
 
 def test_no_rows_make_no_blocks() -> None:
     x = torch.zeros(0, 64)
-    assert nvfp4_blocks(x, "search").scales.shape == (0, 4)
-    assert mx_blocks(x, "e2m1", "search").scales.shape == (0, 2)
+    assert in_blocks(x, spec("e2m1", "search", "e4m3")).scales.shape == (0, 4)
+    assert in_blocks(x, spec("e2m1", "search", "e8m0")).scales.shape == (0, 2)
     assert swizzled(torch.zeros(0, 4, dtype=torch.uint8)).shape == (0,)
 
 
@@ -138,7 +139,7 @@ def test_torchao_makes_the_same_mx_blocks(name: str, rule: str, dtype: torch.dty
     x = torch.randn(33, 256).to(dtype)
     x *= torch.exp(torch.randn(33, 1) * 3).to(dtype)
     scales, elements = to_mx(x, element, 32, ScaleCalculationMode(rule))
-    blocks = mx_blocks(x, name, rule)
+    blocks = in_blocks(x, spec(name, rule, "e8m0"))
     assert torch.equal(blocks.scales, scales.view(torch.uint8))
     mine = pairs(blocks.codes) if name == "e2m1" else blocks.codes
     assert torch.equal(mine, elements.view(torch.uint8))
@@ -151,8 +152,7 @@ def test_torchao_makes_the_same_nvfp4_blocks(dtype: torch.dtype) -> None:
     from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
 
     x = torch.randn(33, 256).to(dtype)
-    blocks = nvfp4_blocks(x, "nearest")
-    assert blocks.outer is not None
+    blocks = in_blocks(x, spec("e2m1", "nearest", "e4m3"))
     for row in range(len(x)):
         outer = per_tensor_amax_to_scale(x[row].abs().max())
         assert outer == blocks.outer[row, 0]

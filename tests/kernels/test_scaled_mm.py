@@ -12,7 +12,6 @@ from dq.packing import pack
 from dq.plan import LayerSpec
 from dq.quantize import choose_scales, quantize
 from dq.spec import Granularity, TensorSpec
-from tests.kernels.test_floats import CONTAINED
 from tests.nn.layers import calibrated
 
 SITE = Site("linear", "cuda", 16, 32, "fp8", "fp8")
@@ -23,6 +22,13 @@ REFUSED = [
     ({"input": "float"}, "it multiplies floats with a scale a row only"),
     ({"rows": 24}, "it takes multiples of 16 only, not 32 -> 24"),
     ({"columns": 40}, "it takes multiples of 16 only, not 40 -> 16"),
+]
+# Every split of the bits whose levels are e4m3 ones, those with a name in the field among them.
+SPLITS = [f"{u}e{e}m{m}" for u in ("", "u") for e in range(1, 8) for m in range(7)]
+CONTAINED = [
+    name
+    for name in SPLITS
+    if name in formats and torch.isin(formats[name].levels, formats["e4m3"].levels).all()
 ]
 CHANNEL, TOKEN, TENSOR = (Granularity(kind) for kind in ("channel", "token", "tensor"))
 
@@ -103,6 +109,11 @@ def test_the_product_is_that_of_restored_values(static: bool, bias: bool, dtype,
 def test_inputs_of_fewer_bits_too(static: bool, low: str) -> None:
     x, a = build(static, name="e2m1", low=low)
     assert agrees(scaled_mm.linear(x, a), x, a)
+
+
+def test_the_named_floats_are_among_them() -> None:
+    assert {"e2m1", "e2m3", "e3m2", "e4m3"} <= set(CONTAINED)
+    assert "ue4m3" not in CONTAINED  # reaches 480
 
 
 @pytest.mark.parametrize("name", CONTAINED)
