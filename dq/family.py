@@ -6,7 +6,7 @@ Methods select layers by role, never by name; names are known here and in `dq.pi
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = [
     "Family",
     "Role",
     "assign_roles",
+    "check_roles",
     "check_scaling",
     "families",
     "family_of",
@@ -106,6 +107,17 @@ def check_scaling(argument: str, value: str) -> None:
     """
     if value not in _SCALINGS:
         raise unknown(f"value of {argument}", value, _SCALINGS)
+
+
+def check_roles(roles: Iterable[str]) -> None:
+    """Check what a method is told about roles.
+
+    Raises:
+        DQError: If one of them is no role.
+    """
+    for role in roles:
+        if role not in tuple(Role):
+            raise unknown("role", role, tuple(Role))
 
 
 families: Registry[Family] = Registry("family", home="dq.pipelines")

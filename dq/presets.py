@@ -16,14 +16,15 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from dq.block_formats import BLOCK_FORMATS
 from dq.errors import DQError, unknown
 from dq.formats import IntFormat, formats
 from dq.spec import Granularity, TensorSpec
 
-__all__ = ["FLOAT", "GROUP", "input_preset", "is_float", "weight_preset"]
+__all__ = ["FLOAT", "input_preset", "weight_preset"]
 
 FLOAT = "float"  # the name of a tensor that is not quantized
-GROUP = 32  # weights that share a scale where no other number is asked for
+_GROUP = 32  # weights that share a scale where no other number is asked for
 _WIDEST_GROUPED = 4  # integer codes leave room for a multiplier up to here
 _RULES = ("floor", "ceil", "even", "rceil", "nearest", "four-six", "search")
 _NAME = re.compile(
@@ -31,21 +32,8 @@ _NAME = re.compile(
 )
 
 
-class _Blocks(NamedTuple):
-    format: str
-    size: int
-    scale_format: str
-    run_time_rule: str  # of inputs: one that tries nothing
-
-
-_BLOCKS = {
-    "nvfp4": _Blocks("e2m1", 16, "e4m3", "nearest"),
-    "mxfp4": _Blocks("e2m1", 32, "e8m0", "rceil"),
-    "mxfp6": _Blocks("e2m3", 32, "e8m0", "rceil"),
-    "mxfp6-e3m2": _Blocks("e3m2", 32, "e8m0", "rceil"),
-    "mxfp8": _Blocks("e4m3", 32, "e8m0", "rceil"),
-    "mxfp8-e5m2": _Blocks("e5m2", 32, "e8m0", "rceil"),
-}
+# By scale format, for inputs: one that tries nothing.
+_RUN_TIME_RULES = {"e4m3": "nearest", "e8m0": "rceil"}
 
 
 class _Parts(NamedTuple):
@@ -56,19 +44,15 @@ class _Parts(NamedTuple):
 
 def _parts(name: str, what: str) -> _Parts:
     found = _NAME.fullmatch(name)
-    if found is None or (found["name"] not in formats and found["name"] not in _BLOCKS):
-        raise unknown(f"{what} format", name, (*_BLOCKS, *formats.names()))
-    if found["rule"] is not None and found["name"] not in _BLOCKS:
-        raise DQError(f"{name}: only {', '.join(_BLOCKS)} have scales that a rule finds")
-    if found["group"] is not None and found["name"] in _BLOCKS:
-        raise DQError(f"{name}: {found['name']} has blocks of {_BLOCKS[found['name']].size}")
+    blocks = BLOCK_FORMATS.get(found["name"]) if found is not None else None
+    if found is None or (blocks is None and found["name"] not in formats):
+        raise unknown(f"{what} format", name, (*BLOCK_FORMATS, *formats.names()))
+    if found["rule"] is not None and blocks is None:
+        raise DQError(f"{name}: only {', '.join(BLOCK_FORMATS)} have scales that a rule finds")
+    if found["group"] is not None and blocks is not None:
+        raise DQError(f"{name}: {found['name']} has blocks of {blocks.size}")
     group = None if found["group"] is None else int(found["group"])
     return _Parts(found["name"], group, found["rule"])
-
-
-def is_float(name: str) -> bool:
-    """Whether a name stands for floating-point levels rather than integers."""
-    return not re.match(r"u?int\d", name)
 
 
 def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
@@ -83,9 +67,8 @@ def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
         DQError: If there is no such format, or it takes no groups.
     """
     base, group, rule = _parts(name, "weight")
-    if base in _BLOCKS:
-        blocks = _BLOCKS[base]
-        return _in_blocks(blocks, rule or "search", dynamic=False)
+    if base in BLOCK_FORMATS:
+        return _in_blocks(base, rule or "search", dynamic=False)
     grid = formats[base]
     if grid.low >= 0:
         raise DQError(f"weights are signed; {name} is not")
@@ -97,7 +80,7 @@ def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
             f"{name}: {grid.bits}-bit integers take no groups, code times multiplier would leave "
             f"8 bits; drop -g{group}, or use at most {_WIDEST_GROUPED} bits"
         )
-    group = (GROUP if grid.bits <= _WIDEST_GROUPED else 0) if group is None else group
+    group = (_GROUP if grid.bits <= _WIDEST_GROUPED else 0) if group is None else group
     if group == 0:
         return TensorSpec(base, Granularity("channel"), observer=observer)
     multiplier = f"uint{8 - grid.bits}"
@@ -118,9 +101,9 @@ def input_preset(name: str, dynamic: bool, observer: str = "mse") -> TensorSpec:
         DQError: If there is no such format.
     """
     base, group, rule = _parts(name, "input")
-    if base in _BLOCKS:
-        blocks = _BLOCKS[base]
-        return _in_blocks(blocks, rule or blocks.run_time_rule, dynamic=True)
+    if base in BLOCK_FORMATS:
+        cheap = _RUN_TIME_RULES[BLOCK_FORMATS[base].scale_format]
+        return _in_blocks(base, rule or cheap, dynamic=True)
     if group:
         return TensorSpec(base, Granularity("group", group), dynamic=True)
     if dynamic:
@@ -129,7 +112,8 @@ def input_preset(name: str, dynamic: bool, observer: str = "mse") -> TensorSpec:
     return TensorSpec(base, Granularity("tensor"), symmetric, observer=observer)
 
 
-def _in_blocks(blocks: _Blocks, rule: str, dynamic: bool) -> TensorSpec:
+def _in_blocks(name: str, rule: str, dynamic: bool) -> TensorSpec:
+    blocks = BLOCK_FORMATS[name]
     return TensorSpec(
         blocks.format,
         Granularity("group", blocks.size),

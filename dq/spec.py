@@ -6,8 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
-
+from dq.block_formats import BLOCK_FORMATS, BlockFormat
 from dq.errors import DQError, unknown
 from dq.formats import FloatFormat, Format, IntFormat, PowerFormat, formats
 from dq.packing import packed_length
@@ -15,10 +14,7 @@ from dq.packing import packed_length
 __all__ = ["Granularity", "TensorSpec"]
 
 _FP8 = ("e4m3", "e5m2")
-# (scale format, size of a block, format of its elements) that hardware has.
-_BLOCKS = {("e4m3", 16, "e2m1")} | {
-    ("e8m0", 32, name) for name in ("e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
-}
+_BLOCK_NAMES = {blocks: name for name, blocks in BLOCK_FORMATS.items()}
 
 
 def _rules(scales: Format, grid: Format) -> tuple[str, ...]:
@@ -171,6 +167,17 @@ class TensorSpec:
         return self.scale_grid is not None and not isinstance(self.scale_grid, IntFormat)
 
     @property
+    def block_format(self) -> str | None:
+        """The name in `dq.block_formats`; None for other blocks, and where there are none."""
+        blocks = BlockFormat(self.format, self.granularity.size, self.scale_format)
+        return _BLOCK_NAMES.get(blocks)
+
+    @property
+    def scaled_by_row(self) -> bool:
+        """Whether a row of a weight has one float32 scale, whatever whole numbers it meets."""
+        return self.granularity.kind == "channel" or isinstance(self.scale_grid, IntFormat)
+
+    @property
     def outer_by_row(self) -> bool:
         """Whether each row has the float32 scale that multipliers stand upon; else all share it."""
         scales = self.scale_grid
@@ -186,13 +193,10 @@ class TensorSpec:
         if self.grid.is_integer:
             return True
         if self.has_float_blocks:
-            return (self.scale_format, self.granularity.size, self.format) in _BLOCKS
-        return self.granularity.kind != "group" and self.is_fp8
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether every level is one of e4m3 or of e5m2."""
-        return any(bool(torch.isin(self.grid.levels, formats[n].levels).all()) for n in _FP8)
+            return self.block_format is not None
+        return self.granularity.kind != "group" and any(
+            formats[name].contains(self.grid) for name in _FP8
+        )
 
     def bytes(self, rows: int, columns: int) -> int:
         """Return how many bytes a `(rows, columns)` matrix takes: codes, scales and zero points."""

@@ -27,16 +27,6 @@ from dq.storage import unpack_codes
 
 __all__ = ["Blocks", "e2m1_pairs", "form", "fp8", "int8", "mx", "nvfp4"]
 
-# Scale format, block, element.
-_BLOCKS = {
-    ("e4m3", 16, "e2m1"): "nvfp4",
-    ("e8m0", 32, "e2m1"): "mxfp4",
-    ("e8m0", 32, "e2m3"): "mxfp6",
-    ("e8m0", 32, "e3m2"): "mxfp6-e3m2",
-    ("e8m0", 32, "e4m3"): "mxfp8",
-    ("e8m0", 32, "e5m2"): "mxfp8-e5m2",
-}
-
 
 class Blocks(NamedTuple):
     """A weight with a scale a block.
@@ -60,12 +50,11 @@ def form(spec: TensorSpec) -> str | None:
     all of their levels are e4m3 ones.
     """
     if isinstance(spec.grid, IntFormat):
-        by_row = spec.granularity.kind == "channel" or isinstance(spec.scale_grid, IntFormat)
-        return "int8" if by_row and spec.symmetric and spec.grid.low < 0 else None
+        held = spec.scaled_by_row and spec.symmetric and spec.grid.signed
+        return "int8" if held else None
     if spec.has_float_blocks:
-        return _BLOCKS.get((spec.scale_format, spec.granularity.size, spec.format))
-    held = bool(torch.isin(spec.grid.levels, formats["e4m3"].levels).all())
-    return "fp8" if held and spec.granularity.kind == "channel" else None
+        return spec.block_format
+    return "fp8" if spec.scaled_by_row and formats["e4m3"].contains(spec.grid) else None
 
 
 def fp8(layer: PackedLayer) -> tuple[Tensor, Tensor]:

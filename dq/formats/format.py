@@ -65,6 +65,10 @@ class Format(ABC):
         """Return the level nearest to each element, in the dtype of `x`."""
         return self.decode(self.encode(x)).to(x.dtype)
 
+    def contains(self, other: Format) -> bool:
+        """Return whether every level of another format is one of this."""
+        return bool(torch.isin(other.levels, self.levels).all())
+
     def around(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the two levels that each element lies between, float32.
 

@@ -50,11 +50,11 @@ def _template(name: str, pattern: str, weights: str, inputs: str, default: str) 
         parts = found.groupdict()
         low = _INPUTS[parts["inputs"]] if parts.get("inputs") else inputs
         group = f"-g{parts['group']}" if parts.get("group") else ""
-        static = parts.get("static") and low != FLOAT
+        static = parts.get("static")
         step = PTQ(
             weights + group,
             low,
-            "static" if static else "dynamic",
+            static or ("auto" if low == FLOAT else "dynamic"),
             wide=_WIDE,
             wide_inputs=FLOAT if low == FLOAT else _WIDE,
             # Where e4m3 ends decides little: to search for the best end would be in vain.

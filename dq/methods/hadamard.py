@@ -49,6 +49,5 @@ class Hadamard(Change):
                 if rotation < _LEAST or specs[name].input_splits:
                     continue
                 before = job.transforms.get(name, NO_TRANSFORM)
-                job.transforms[name] = before._replace(rotation=rotation)
-                specs[name] = dataclasses.replace(specs[name], transform=job.transforms[name].spec)
+                self._set(job, specs, name, before._replace(rotation=rotation))
         return dataclasses.replace(job.plan, layers=specs)

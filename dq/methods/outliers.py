@@ -15,7 +15,7 @@ import torch
 from dq.errors import DQError
 from dq.inputs import ChannelRange
 from dq.method import methods
-from dq.methods.changes import Change, Site
+from dq.methods.changes import FittedChange, Site
 from dq.plan import LayerSpec
 from dq.transform import NO_TRANSFORM, Transform
 from dq.trial import observed, output_error
@@ -28,7 +28,7 @@ _GAIN = 0.9  # of the error: what gains less is not worth the run time
 
 @methods.register("outliers")
 @dataclass(frozen=True)
-class OutlierSuppression(Change):
+class OutlierSuppression(FittedChange):
     """Shift and scale the channels of inputs; where that does not help, leave them.
 
     Args:
@@ -45,7 +45,7 @@ class OutlierSuppression(Change):
             raise DQError(f"thresholds lists shares above 0 and up to 1, not {self.thresholds}")
 
     def change(self, site: Site) -> Transform | None:
-        """See `Change.change`."""
+        """See `FittedChange.change`."""
         self.refuse(site.before, "shift and scale")
         tried = [
             (shift, threshold)

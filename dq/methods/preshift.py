@@ -14,7 +14,7 @@ import torch
 from dq.errors import DQError
 from dq.formats import FloatFormat
 from dq.method import methods
-from dq.methods.changes import Change, Site
+from dq.methods.changes import FittedChange, Site
 from dq.transform import Transform
 
 __all__ = ["PreShift"]
@@ -22,11 +22,11 @@ __all__ = ["PreShift"]
 
 @methods.register("preshift")
 @dataclass(frozen=True)
-class PreShift(Change):
+class PreShift(FittedChange):
     """Bring the channels of floating-point inputs to one power of two."""
 
     def change(self, site: Site) -> Transform | None:
-        """See `Change.change`."""
+        """See `FittedChange.change`."""
         self.refuse(site.before, "an exponent bias")
         grids = {spec.input.grid for spec in site.specs.values() if spec.input is not None}
         exponents = {grid.exponent for grid in grids if isinstance(grid, FloatFormat)}

@@ -12,8 +12,15 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dq.errors import DQError, unknown
-from dq.family import SMALLEST, WIDE_ROLES, Role, check_scaling, quantizable
+from dq.errors import DQError
+from dq.family import (
+    SMALLEST,
+    WIDE_ROLES,
+    Role,
+    check_roles,
+    check_scaling,
+    quantizable,
+)
 from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
 from dq.methods.suffix import SUFFIX, changes, rounding
@@ -25,6 +32,11 @@ from dq.recipe import Recipe, Template, templates
 from dq.spec import TensorSpec
 
 __all__ = ["PTQ"]
+
+
+class _Pair(NamedTuple):
+    weight: TensorSpec
+    input: TensorSpec | None
 
 
 class _Decision(NamedTuple):
@@ -64,14 +76,11 @@ class PTQ(Method):
     input_observer: str = "mse"
 
     def __post_init__(self) -> None:
-        for weight in (self.weights, self.wide):
-            weight_preset(weight, self.weight_observer)  # has something to say about its name
-        self._input(self.inputs, dynamic=False)
-        self._input(self.wide_inputs or self.inputs, dynamic=False)
         check_scaling("dynamic", self.dynamic)
-        for role in (*self.wide_roles, *self.skip_roles):
-            if role not in tuple(Role):
-                raise unknown("role", role, tuple(Role))
+        check_roles((*self.wide_roles, *self.skip_roles))
+        inputs = [pair.input for pair in self._pairs(dynamic=False)]  # checks the names
+        if self.dynamic != "auto" and not any(inputs):
+            raise DQError(f"inputs stay in floating point: they have no {self.dynamic} scales")
 
     def decide(self, job: Job) -> Plan:
         """Give every layer the same formats; see `Method.decide`.
@@ -82,52 +91,49 @@ class PTQ(Method):
         roles = job.family.roles(job.model)
         splits = job.family.splits(job.model)
         dynamic = job.family.is_dynamic(self.dynamic)
+        narrow, wide = self._pairs(dynamic)
         layers, notes = {}, {}
         for name, layer in quantizable(job.model).items():
-            spec, note = self._decide(roles[name], layer, dynamic, splits.get(name, ()))
+            spec, note = self._decide(roles[name], layer, narrow, wide, splits.get(name, ()))
             if spec is not None:
                 layers[name] = spec
             if note is not None:
                 notes[name] = f"{describe(name, layer).partition(' ')[2]} {note}"
-        self._check_fit(layers, notes)
+        misfits = [note for note in notes.values() if "does not divide" in note]
+        if misfits and all(spec.weight != narrow.weight for spec in layers.values()):
+            raise DQError(f"{self.weights} fits no layer of the model; the first: {misfits[0]}")
         return Plan(job.plan.model, layers, notes)
 
-    def _decide(self, role: Role, layer: Layer, dynamic: bool, split: tuple[int, ...]) -> _Decision:
+    def _decide(
+        self, role: Role, layer: Layer, narrow: _Pair, wide: _Pair, split: tuple[int, ...]
+    ) -> _Decision:
         rows, columns = matrix_shape(layer)
         if role in self.skip_roles:
             return _Decision(None, f"stays float: role {role} is skipped")
         if rows * columns < self.smallest:
             return _Decision(None, f"stays float: {rows * columns} weights are too few")
         note = None
-        weight, low = self._narrow(dynamic)
-        wide = weight_preset(self.wide, self.weight_observer)
-        wide_low = self._input(self.wide_inputs or self.inputs, dynamic)
-        if role in self.wide_roles:
-            weight, low = wide, wide_low
-        else:
+        weight, low = wide if role in self.wide_roles else narrow
+        if role not in self.wide_roles:
             try:
                 weight.granularity.blocks(rows, columns)
                 if low is not None and low.granularity.kind == "group":
                     low.granularity.blocks(1, input_channels(layer))
             except DQError as error:
-                weight, low = wide, wide_low
-                note = f"has {wide.grid.bits}-bit weights: {error}"
+                weight, low = wide
+                note = f"has {weight.grid.bits}-bit weights: {error}"
         if low is None:
             return _Decision(LayerSpec(weight), note)
         return _Decision(LayerSpec(weight, low, () if low.dynamic else split), note)
 
-    def _narrow(self, dynamic: bool) -> tuple[TensorSpec, TensorSpec | None]:
-        weight = weight_preset(self.weights, self.weight_observer)
-        return weight, self._input(self.inputs, dynamic)
+    def _pairs(self, dynamic: bool) -> tuple[_Pair, _Pair]:
+        """Return the formats of most layers, and those of the fragile ones."""
+        wide = self._pair(self.wide, self.wide_inputs or self.inputs, dynamic)
+        return self._pair(self.weights, self.inputs, dynamic), wide
 
-    def _input(self, name: str, dynamic: bool) -> TensorSpec | None:
-        return None if name == FLOAT else input_preset(name, dynamic, self.input_observer)
-
-    def _check_fit(self, layers: dict[str, LayerSpec], notes: dict[str, str]) -> None:
-        narrow, _ = self._narrow(dynamic=True)
-        misfits = [note for note in notes.values() if "does not divide" in note]
-        if misfits and all(spec.weight != narrow for spec in layers.values()):
-            raise DQError(f"{self.weights} fits no layer of the model; the first: {misfits[0]}")
+    def _pair(self, weight: str, low: str, dynamic: bool) -> _Pair:
+        spec = None if low == FLOAT else input_preset(low, dynamic, self.input_observer)
+        return _Pair(weight_preset(weight, self.weight_observer), spec)
 
 
 def _build(found: re.Match[str]) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from dq.errors import DQError, inside
 from dq.method import Job, Method
 from dq.moments import second_moments
 from dq.nn import QuantLayer, describe, matrix_shape
-from dq.nn.layers import Layer
+from dq.nn.changed import conv_groups
 from dq.plan import Plan
 from dq.progress import track
 from dq.quantize import quantize
@@ -27,7 +28,7 @@ _MOST_BYTES = 1 << 30  # of second moments held at a time
 
 
 @dataclass(frozen=True)
-class Rounding(Method):
+class Rounding(Method, ABC):
     """Round weights by what they do to the outputs of their layers. Subclasses say how.
 
     An output channel keeps the nearest levels where these do less harm.
@@ -46,12 +47,17 @@ class Rounding(Method):
         if self.rows < 1:
             raise DQError(f"rows is 1 or more, not {self.rows}")
 
+    @abstractmethod
     def codes(self, weight: Tensor, scales: Scales, spec: TensorSpec, moment: Tensor) -> Tensor:
         """Return `(N, K)` uint8 codes; see `dq.rounding`."""
-        raise NotImplementedError
 
     def observe(self, job: Job) -> None:
-        """Draw the calibration's images while the denoiser is still in full precision."""
+        """Draw the calibration's images while the denoiser is still in full precision.
+
+        Raises:
+            DQError: If no weight is narrow enough to be rounded.
+        """
+        self._check(job.plan)
         if job.calibration.source is not None:
             for _ in job.calibration.batches():
                 pass
@@ -60,8 +66,10 @@ class Rounding(Method):
         """Leave the plan as it is.
 
         Raises:
+            DQError: If no weight is narrow enough to be rounded.
             NeedsData: If nothing makes the denoiser run.
         """
+        self._check(job.plan)
         if job.calibration.source is None:
             raise NeedsData(
                 "this recipe rounds weights by calibration data, and only the denoiser was given; "
@@ -69,6 +77,14 @@ class Rounding(Method):
                 "nearest, such as 'nvfp4-rtn'"
             )
         return job.plan
+
+    def _check(self, plan: Plan) -> None:
+        if all(spec.weight.grid.bits > self.widest for spec in plan.layers.values()):
+            raise DQError(
+                f"no weight has at most {self.widest} bits, so that the step "
+                f"{type(self).__name__.lower()} would round nothing; leave it out, or set its "
+                "widest to 8"
+            )
 
     @torch.no_grad()
     def tune(self, job: Job) -> None:
@@ -91,7 +107,7 @@ class Rounding(Method):
             if not isinstance(layer, QuantLayer) or layer.spec.weight.grid.bits > self.widest:
                 continue
             assert isinstance(layer, (nn.Linear, nn.Conv2d))  # QuantLayer is mixed into these only
-            needed = 4 * _groups(layer) * matrix_shape(layer)[1] ** 2
+            needed = 4 * conv_groups(layer) * matrix_shape(layer)[1] ** 2
             if part and size + needed > _MOST_BYTES:
                 yield part
                 part, size = {}, 0
@@ -120,7 +136,3 @@ class Rounding(Method):
             chosen = self.codes(weight[rows], mine, spec, moment)
             parts.append(better((nearest, chosen), weight[rows], mine, spec, moment))
         return torch.cat(parts)
-
-
-def _groups(layer: Layer) -> int:
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1

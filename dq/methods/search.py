@@ -73,11 +73,7 @@ class FormatSearch(Method):
             NeedsData: If nothing makes the denoiser run.
         """
         layers, specs = quantizable(job.model), dict(job.plan.layers)
-        seen = [
-            name
-            for name, spec in specs.items()
-            if spec.transform is None and spec.input is not None and _is_searched(spec.input)
-        ]
+        seen = [n for n, spec in specs.items() if spec.transform is None and _names(spec.input)]
         inputs = look(job.calibration, seen) if seen else {}
         for name, spec in track(list(specs.items()), "searching formats"):
             with inside(describe(name, layers[name])):
@@ -95,9 +91,7 @@ class FormatSearch(Method):
     def _best_input(
         self, layer: Layer, spec: LayerSpec, scales: Scales, seen: Seen
     ) -> tuple[LayerSpec, InputRange | None]:
-        assert spec.input is not None  # the caller has asked
-        grid = spec.input.grid
-        assert isinstance(grid, FloatFormat)  # likewise
+        assert spec.input is not None  # it has formats to try
         early = _ends(layer, spec, seen.early)
         best, least = (spec, 1.0), torch.inf
         for name in _names(spec.input):
@@ -113,22 +107,21 @@ class FormatSearch(Method):
         return found, _clipped(ends, clip) if spec.is_static else None
 
 
-def _is_searched(spec: TensorSpec) -> bool:
-    return isinstance(spec.grid, FloatFormat) and spec.scale_grid is None
-
-
-def _names(spec: TensorSpec) -> tuple[str, ...]:
-    assert isinstance(spec.grid, FloatFormat)  # the callers have asked
+def _names(spec: TensorSpec | None) -> tuple[str, ...]:
+    """Return the formats to try; none but for floats with a float32 scale."""
+    if spec is None or spec.scale_grid is not None or not isinstance(spec.grid, FloatFormat):
+        return ()
     return splits(spec.grid)
 
 
 def _best_weight(layer: Layer, spec: TensorSpec) -> tuple[TensorSpec, Scales]:
     """Return the split of least squared error, and its scales."""
     matrix = layer.weight.detach().flatten(1)
-    if not _is_searched(spec):
+    names = _names(spec)
+    if not names:
         return spec, choose_scales(matrix, spec)
     tried = []
-    for name in _names(spec):
+    for name in names:
         changed = dataclasses.replace(spec, format=name, observer="mse")
         scales = choose_scales(matrix, changed)
         error = float((fake_quantize(matrix, scales, changed) - matrix.float()).square().sum())
@@ -158,7 +151,7 @@ def _build(found: re.Match[str]) -> Recipe:
     step = PTQ(
         _middle(int(found["weight"])),
         inputs,
-        "static",
+        "auto" if inputs == FLOAT else "static",
         wide="e4m3",
         wide_inputs=FLOAT if inputs == FLOAT else "e4m3",
     )

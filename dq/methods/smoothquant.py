@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dq.errors import DQError
 from dq.method import methods
-from dq.methods.changes import Change, Site
+from dq.methods.changes import FittedChange, Site
 from dq.nn.changed import conv_groups
 from dq.nn.layers import Layer
 from dq.transform import Transform
@@ -46,7 +46,7 @@ def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
 
 @methods.register("smoothquant")
 @dataclass(frozen=True)
-class SmoothQuant(Change):
+class SmoothQuant(FittedChange):
     """Move the difficulty of large input channels into weights.
 
     Args:
@@ -61,7 +61,7 @@ class SmoothQuant(Change):
             raise DQError(f"alpha is 0 to 1, not {self.alpha}")
 
     def change(self, site: Site) -> Transform:
-        """See `Change.change`."""
+        """See `FittedChange.change`."""
         self.refuse(site.before, "smoothing")
         reach = torch.maximum(-site.input.range.low, site.input.range.high)
         weights = torch.stack([largest_weights(layer) for layer in site.layers.values()]).amax(0)

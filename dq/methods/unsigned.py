@@ -15,7 +15,7 @@ import torch
 from dq.errors import DQError
 from dq.formats import FloatFormat, IntFormat
 from dq.method import methods
-from dq.methods.changes import Change, Site
+from dq.methods.changes import FittedChange, Site
 from dq.plan import LayerSpec
 from dq.spec import TensorSpec
 from dq.transform import Transform
@@ -37,7 +37,7 @@ def unsigned_spec(spec: TensorSpec) -> TensorSpec | None:
 
 @methods.register("unsigned")
 @dataclass(frozen=True)
-class Unsigned(Change):
+class Unsigned(FittedChange):
     """Shift inputs that are almost never negative, and quantize them without a sign.
 
     Args:
@@ -52,7 +52,7 @@ class Unsigned(Change):
             raise DQError(f"most is 0 or more and below 1, not {self.most}")
 
     def change(self, site: Site) -> Transform | None:
-        """See `Change.change`."""
+        """See `FittedChange.change`."""
         self.refuse(site.before, "a shift")
         low, high = site.input.range.low.min(), site.input.range.high.max()
         specs = [spec.input for spec in site.specs.values()]

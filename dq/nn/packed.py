@@ -200,10 +200,7 @@ class PackedLayer(nn.Module):
     def site(self, device: str) -> Site:
         """Return what a kernel has to do for this layer."""
         weight, low = self.spec.weight, self.spec.input
-        grid = weight.grid
-        weight_kind = _float_kind(weight)
-        if isinstance(grid, IntFormat) and grid.signed and weight.symmetric and self._by_row():
-            weight_kind = "int8"
+        weight_kind = "int8" if _is_int8(weight) else _float_kind(weight)
         input_kind = "float" if low is None else "other"
         if low is not None and (low.grid.low < 0 or not low.dynamic):
             if low.grid.is_integer and low.granularity.kind != "group":
@@ -212,11 +209,6 @@ class PackedLayer(nn.Module):
                 input_kind = _float_kind(low)
         groups = self.groups if isinstance(self, nn.Conv2d) else 1
         return Site(self.kind, device, self.rows, self.columns, weight_kind, input_kind, groups)
-
-    def _by_row(self) -> bool:
-        """Whether each output channel has one float scale, whatever whole numbers it meets."""
-        spec = self.spec.weight
-        return spec.granularity.kind == "channel" or isinstance(spec.scale_grid, IntFormat)
 
     def kernel(self, device: str) -> Kernel | None:
         """Return the kernel for a device type, chosen once; None means unpacking."""
@@ -348,17 +340,20 @@ class PackedLayer(nn.Module):
         return f"{super().extra_repr()}, {self.spec}"
 
 
+def _is_int8(spec: TensorSpec) -> bool:
+    """Whether a weight is integers of at most 8 bits with one scale a row."""
+    grid = spec.grid
+    return isinstance(grid, IntFormat) and grid.signed and spec.symmetric and spec.scaled_by_row
+
+
 def _float_kind(spec: TensorSpec) -> str:
     """Return what a tensor of floats is to kernels, "other" for those that none knows."""
-    grid, blocks = spec.grid, (spec.scale_format, spec.granularity.size)
-    if not isinstance(grid, FloatFormat):
+    if not isinstance(spec.grid, FloatFormat) or not formats["e4m3"].contains(spec.grid):
         return "other"
-    if not bool(torch.isin(grid.levels, formats["e4m3"].levels).all()):
-        return "other"
-    if blocks == ("e4m3", 16):
-        return "nvfp4" if spec.format == "e2m1" else "other"
-    if blocks == ("e8m0", 32):
-        return "mxfp4" if spec.format == "e2m1" else "mxfp8"
+    if spec.has_float_blocks:
+        blocks = spec.block_format or "other"
+        # e4m3 holds the levels of all MX elements of 6 and 8 bits but e5m2's.
+        return "mxfp8" if blocks.startswith(("mxfp6", "mxfp8")) else blocks
     # Kernels find the scale of a token by its largest magnitude.
     found = not spec.dynamic or spec.observer == "absmax"
     return "fp8" if spec.granularity.kind != "group" and found else "other"

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from dq.calibrate import InputRange
 from dq.distance import relative_error
 from dq.engine import decide, quantize, start
 from dq.errors import DQError
 from dq.family import Role, family_of
 from dq.inputs import ChannelRange, Seen
-from dq.method import Method
+from dq.method import ChosenRange, Method
 from dq.methods.changes import Change, Site
 from dq.methods.hadamard import Hadamard
 from dq.methods.outliers import OutlierSuppression
@@ -298,3 +299,18 @@ def test_a_bias_that_only_a_shift_has_brought_is_spoken_of_in_the_plan() -> None
             assert plan.layers[name].transform.shift
             gained += 1
     assert gained
+
+
+@each
+def test_a_range_that_was_chosen_for_the_input_before_is_dropped(method: Method) -> None:
+    model = network("dit64")
+    base = PTQ("e2m1", "e2m1", "static", wide="e4m3", wide_inputs="e2m1")
+    job = start(model, Recipe("t", (base,)), Samples(model), None)
+    job.plan = base.decide(job)
+    one = torch.ones(1)
+    for name, spec in job.plan.layers.items():
+        job.ranges[name] = ChosenRange(spec.input, InputRange(-one, one))
+    plan = method.decide(job)
+    changed = {name for name, spec in plan.layers.items() if spec.transform is not None}
+    assert changed
+    assert job.ranges.keys() == plan.layers.keys() - changed

@@ -167,3 +167,9 @@ def test_an_unknown_observer_is_named() -> None:
 def test_groups_that_cannot_be(settings: dict[str, str], message: str) -> None:
     with pytest.raises(DQError, match=message):
         PTQ(**settings)
+
+
+@pytest.mark.parametrize("name", ["w4a16-static", "w8a16-dynamic", "fp4-w4a16-static"])
+def test_float_inputs_have_no_scales(name: str) -> None:
+    with pytest.raises(DQError, match="inputs stay in floating point: they have no"):
+        Recipe.get(name)

@@ -209,12 +209,12 @@ def test_layers_of_more_bits_stay_rounded_to_nearest() -> None:
     wide = set(plan.layers) - narrow
     assert narrow
     assert wide
-    for widest, expected in ((3, set()), (4, narrow), (7, narrow), (8, narrow | wide)):
+    for widest, expected in ((4, narrow), (7, narrow), (8, narrow | wide)):
         model, same = rounded(W4, GPTQ(widest=widest))
         assert same == plan
         assert differing(model, nearest) == expected
-        if not expected:
-            assert same_state(model, nearest)
+    with pytest.raises(DQError, match="no weight has at most 3 bits"):
+        rounded(W4, GPTQ(widest=3))
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ def test_inputs_that_are_not_finite_name_the_layer_and_leave_the_model(
 ) -> None:
     model = network()
     model.transformer_blocks[1].attn1.to_v.bias.data.fill_(torch.inf)
-    first = dataclasses.replace(W4, inputs=inputs)
+    first = dataclasses.replace(W4, inputs=inputs, dynamic="auto")
     text = r"^transformer_blocks\.1\.attn1\.to_out\.0 \(Linear 64->64\): .* not finite; "
     check_untouched(model, partial(rounded, first, step, model=model), DQError, text)
 
@@ -423,6 +423,13 @@ def test_names_say_how_weights_are_rounded(name: str, end: str) -> None:
 def test_other_ends_are_no_recipes(name: str) -> None:
     with pytest.raises(DQError, match=f"unknown recipe '{name}'"):
         Recipe.get(name)
+
+
+@pytest.mark.parametrize("name", ["w8a8-gptq", "fp8-adaround", "mxfp8-gptq"])
+def test_recipes_with_nothing_to_round_are_refused(name: str) -> None:
+    model = network("dit64")
+    act = partial(quantize, model, Recipe.get(name), Samples(model))
+    check_untouched(model, act, DQError, "no weight has at most 6 bits")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -14,7 +15,19 @@ from dq.scales import Scales
 from dq.spec import Granularity, TensorSpec
 from tests.specs import WEIGHTS
 
-__all__ = ["COLUMNS", "EVERY", "NARROW", "ROWS", "gain", "inputs", "moment_of", "scaled", "weight"]
+__all__ = [
+    "COLUMNS",
+    "EVERY",
+    "NARROW",
+    "ROWS",
+    "each",
+    "gain",
+    "inputs",
+    "moment_of",
+    "narrow",
+    "scaled",
+    "weight",
+]
 
 ROWS, COLUMNS = 48, 160  # more columns than GPTQ takes at once
 
@@ -29,6 +42,9 @@ NARROW = {
 
 EVERY = tuple(spec for spec in WEIGHTS if spec.grid.low < 0 or not spec.symmetric)
 """Whatever can be a weight, which has two signs."""
+
+each = pytest.mark.parametrize("spec", EVERY, ids=str)
+narrow = pytest.mark.parametrize("spec", NARROW.values(), ids=[*NARROW])
 
 
 def weight(rows: int = ROWS, seed: int = 0) -> Tensor:

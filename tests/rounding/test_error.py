@@ -1,4 +1,3 @@
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,9 +6,7 @@ from dq.formats import IntFormat
 from dq.quantize import dequantize, quantize
 from dq.rounding.error import better, output_error
 from dq.spec import TensorSpec
-from tests.rounding.cases import EVERY, NARROW, ROWS, inputs, moment_of, scaled
-
-each = pytest.mark.parametrize("spec", EVERY, ids=str)
+from tests.rounding.cases import NARROW, ROWS, each, inputs, moment_of, scaled
 
 
 def random_codes(spec: TensorSpec, shape: torch.Size, seed: int) -> torch.Tensor:

@@ -13,15 +13,14 @@ from tests.rounding.cases import (
     COLUMNS,
     EVERY,
     NARROW,
+    each,
     gain,
     inputs,
     moment_of,
+    narrow,
     scaled,
     weight,
 )
-
-each = pytest.mark.parametrize("spec", EVERY, ids=str)
-narrow = pytest.mark.parametrize("spec", NARROW.values(), ids=[*NARROW])
 
 
 @each

@@ -7,12 +7,20 @@ from dq.rounding.grid import spread
 from dq.rounding.learned import learned_rounding
 from dq.scales import Scales
 from dq.spec import TensorSpec
-from tests.rounding.cases import COLUMNS, EVERY, NARROW, gain, inputs, moment_of, scaled, weight
+from tests.rounding.cases import (
+    COLUMNS,
+    NARROW,
+    each,
+    gain,
+    inputs,
+    moment_of,
+    narrow,
+    scaled,
+    weight,
+)
 
 FEW = {name: NARROW[name] for name in ("int4-g32", "e2m1", "nvfp4", "mxfp4", "uint4")}
 
-each = pytest.mark.parametrize("spec", EVERY, ids=str)
-narrow = pytest.mark.parametrize("spec", NARROW.values(), ids=[*NARROW])
 few = pytest.mark.parametrize("spec", FEW.values(), ids=[*FEW])
 
 
