@@ -249,9 +249,13 @@ class Calibration:
     @torch.no_grad()
     def replay(self, calls: Sequence[Call]) -> Iterator[Any]:
         """Run the denoiser on captured calls again and yield its outputs."""
-        parameter = next(self.model.parameters())
         for call in calls:
-            yield self.model(**_moved(call, parameter.device), return_dict=False)[0]
+            yield self.model(**_moved(call, self.device), return_dict=False)[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
 
     def input_ranges(
         self, plan: Plan, transforms: Mapping[str, Transform] = MappingProxyType({})
@@ -275,7 +279,7 @@ class Calibration:
         if not any(wanted):
             return [{} for _ in plans]
         stage = self.stage("ranges")
-        stored = self.work.load(stage)
+        stored = self.work.load(stage, self.device)
         names = {f"{i}.{name}" for i, specs in enumerate(wanted) for name in specs}
         if stored is None or {n.rpartition(".")[0] for n in stored} != names:
             stored = self._observe(wanted, transforms)

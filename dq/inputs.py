@@ -54,7 +54,7 @@ def look(
     """
     layers = {name: calibration.model.get_submodule(name) for name in names}
     stage = calibration.stage("inputs")
-    stored = calibration.work.load(stage)
+    stored = calibration.work.load(stage, calibration.device)
     if stored is None or {n.rpartition(".")[0] for n in stored} != layers.keys():
         stored = _look(calibration, layers, tokens, images)
         calibration.work.save(stage, stored)
@@ -112,7 +112,7 @@ def _seen(name: str, stored: Mapping[str, Tensor]) -> Seen:
     return Seen(
         ChannelRange(low.amin(0), high.amax(0)),
         ChannelRange(low[early].amin(0), high[early].amax(0)),
-        stored[f"{name}.samples"],
+        stored[f"{name}.samples"].cpu(),
     )
 
 

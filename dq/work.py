@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,14 +42,19 @@ class Work:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def load(self, stage: str) -> dict[str, Tensor] | None:
-        """Return the tensors of a finished stage, or None if it was not finished here."""
+    def load(self, stage: str, device: torch.device | str = "cpu") -> dict[str, Tensor] | None:
+        """Return the tensors of a finished stage, or None if it was not finished here.
+
+        Args:
+            stage: Its name.
+            device: Where the tensors shall lie.
+        """
         if self.folder is None or not (path := self._path(stage)).exists():
             return None
         try:
             # In memory of their own: mapped files lie at odd addresses, where products of some CPU
             # libraries add up in another order, and a resumed run must give the same bits.
-            return {name: tensor.clone() for name, tensor in load_file(path).items()}
+            return {name: tensor.to(device, copy=True) for name, tensor in load_file(path).items()}
         except Exception as error:
             raise DQError(f"{path} is damaged ({error}); delete it and run again") from error
 

@@ -12,7 +12,7 @@ __all__ = ["Operator", "operators", "products"]
 
 _RUNS = 3
 _PRODUCT = re.compile(
-    r"::(addmm|b?mm|_int_mm|_scaled_mm|\w*conv\w+|qlinear\w*|linear_rows|\w*attention\w*)$"
+    r"::(addmm|b?mm|_int_mm|_scaled_mm\w*|\w*conv\w+|qlinear\w*|linear_rows|\w*attention\w*)$"
 )
 
 

@@ -92,7 +92,7 @@ class Rounding(Method, ABC):
         mine = job.calibration.stage(type(self).__name__.lower())
         for index, layers in enumerate(self._parts(job.model)):
             stage = f"{mine}-{index:04d}"
-            stored = job.calibration.work.load(stage)
+            stored = job.calibration.work.load(stage, job.calibration.device)
             if stored is None:
                 stored = self._part(job, layers)
                 job.calibration.work.save(stage, stored)
