@@ -79,8 +79,8 @@ class PTQ(Method):
         check_scaling("dynamic", self.dynamic)
         check_roles((*self.wide_roles, *self.skip_roles))
         inputs = [pair.input for pair in self._pairs(dynamic=False)]  # checks the names
-        if self.dynamic != "auto" and not any(inputs):
-            raise DQError(f"inputs stay in floating point: they have no {self.dynamic} scales")
+        if self.dynamic == "static" and not any(inputs):
+            raise DQError("inputs stay in floating point: they have no static scales")
 
     def decide(self, job: Job) -> Plan:
         """Give every layer the same formats; see `Method.decide`.

@@ -367,7 +367,7 @@ def test_inputs_that_are_not_finite_name_the_layer_and_leave_the_model(
 ) -> None:
     model = network()
     model.transformer_blocks[1].attn1.to_v.bias.data.fill_(torch.inf)
-    first = dataclasses.replace(W4, inputs=inputs, dynamic="auto")
+    first = dataclasses.replace(W4, inputs=inputs)
     text = r"^transformer_blocks\.1\.attn1\.to_out\.0 \(Linear 64->64\): .* not finite; "
     check_untouched(model, partial(rounded, first, step, model=model), DQError, text)
 
