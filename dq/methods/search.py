@@ -22,6 +22,7 @@ from dq.family import quantizable
 from dq.formats import FloatFormat
 from dq.inputs import ChannelRange, Seen, look
 from dq.method import ChosenRange, Job, Method, methods
+from dq.methods.adaround import AdaRound
 from dq.methods.bos import BOS
 from dq.methods.ptq import PTQ
 from dq.methods.suffix import SUFFIX, changes, rounding
@@ -156,7 +157,8 @@ def _build(found: re.Match[str]) -> Recipe:
         wide_inputs=FLOAT if inputs == FLOAT else "e4m3",
     )
     kept = () if inputs == FLOAT else (BOS(),)
-    steps = (step, FormatSearch(), *changes(found), *kept, *rounding(found, "adaround"))
+    rounded = "adaround" if int(found["weight"]) <= AdaRound.widest else "rtn"
+    steps = (step, FormatSearch(), *changes(found), *kept, *rounding(found, rounded))
     return Recipe(found[0], steps)
 
 

@@ -106,6 +106,8 @@ def test_recipes_by_name() -> None:
         "PTQ",
         "FormatSearch",
     ]
+    names = [type(step).__name__ for step in Recipe.get("fp-search-w8a8").steps]
+    assert names == ["PTQ", "FormatSearch", "BOS"]  # so many bits leave nothing to learn
     step = Recipe.get("fp-search-w6a8-gptq").steps[0]
     assert (step.weights, step.inputs) == ("e3m2", "e4m3")
     with pytest.raises(DQError, match="unknown recipe 'fp-search-w9a8'"):
