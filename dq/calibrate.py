@@ -37,7 +37,11 @@ __all__ = [
     "InputRanges",
     "NeedsData",
     "Source",
+    "flatten",
+    "moved",
     "tap_inputs",
+    "tap_outputs",
+    "unflatten",
 ]
 
 Call = dict[str, Any]  # the keyword arguments of one forward call of the denoiser
@@ -139,6 +143,23 @@ def tap_inputs(
 
 
 @contextmanager
+def tap_outputs(
+    layers: Mapping[str, nn.Module], seen: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """While active, call `seen(name, output)` at each forward call of the named layers."""
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen(name, output)
+
+    handles = [m.register_forward_hook(partial(hook, name)) for name, m in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def _captured(model: nn.Module, calls: list[Call]) -> Iterator[None]:
     """While active, append the arguments of each call of `model`, bound to their names."""
     signature = inspect.signature(model.forward)
@@ -162,14 +183,14 @@ def _detached(value: Any) -> Any:
     return value
 
 
-def _flatten(call: Call) -> dict[str, Tensor]:
+def flatten(call: Call) -> dict[str, Tensor]:
     """Return the tensors of a call under dotted names; what is not a tensor must be None."""
     flat: dict[str, Tensor] = {}
     for key, value in call.items():
         if isinstance(value, Tensor):
             flat[key] = value
         elif isinstance(value, Mapping):
-            flat |= {f"{key}.{k}": v for k, v in _flatten(dict(value)).items()}
+            flat |= {f"{key}.{k}": v for k, v in flatten(dict(value)).items()}
         elif isinstance(value, (int, float)):
             flat[key] = torch.tensor(value)
         elif value is not None:
@@ -180,7 +201,8 @@ def _flatten(call: Call) -> dict[str, Tensor]:
     return flat
 
 
-def _unflatten(flat: Mapping[str, Tensor]) -> Call:
+def unflatten(flat: Mapping[str, Tensor]) -> Call:
+    """Invert `flatten`."""
     call: Call = {}
     for key, value in flat.items():
         *path, leaf = key.split(".")
@@ -241,16 +263,16 @@ class Calibration:
             stored = {
                 f"{index:04d}.{key}": value
                 for index, call in enumerate(calls)
-                for key, value in _flatten(call).items()
+                for key, value in flatten(call).items()
             }
             self.work.save(stage, stored)
-        return [call for _, call in sorted(_unflatten(stored).items())]
+        return [call for _, call in sorted(unflatten(stored).items())]
 
     @torch.no_grad()
     def replay(self, calls: Sequence[Call]) -> Iterator[Any]:
         """Run the denoiser on captured calls again and yield its outputs."""
         for call in calls:
-            yield self.model(**_moved(call, self.device), return_dict=False)[0]
+            yield self.model(**moved(call, self.device), return_dict=False)[0]
 
     @property
     def device(self) -> torch.device:
@@ -321,11 +343,12 @@ class Calibration:
         }
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """Return the arguments of a call with their tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {k: _moved(v, device) for k, v in value.items()}
+        return {k: moved(v, device) for k, v in value.items()}
     return value
 
 

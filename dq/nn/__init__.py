@@ -6,10 +6,12 @@ from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantConv2d, QuantLayer, QuantLinear
 from dq.nn.swap import (
     empty_packed,
+    exchanged,
     install,
     keep_int8,
     pack_model,
     packed_layers,
+    plain_layers,
     uninstall,
     unpack_model,
 )
@@ -24,11 +26,13 @@ __all__ = [
     "Quantizer",
     "describe",
     "empty_packed",
+    "exchanged",
     "install",
     "keep_int8",
     "matrix_shape",
     "pack_model",
     "packed_layers",
+    "plain_layers",
     "uninstall",
     "unpack_model",
 ]

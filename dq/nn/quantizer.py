@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
@@ -22,10 +23,12 @@ class Quantizer(nn.Module):
     scale: Tensor | None
     zero: Tensor | None
     multiplier: Tensor | None
+    gain: nn.Parameter | None
 
     def __init__(self, spec: TensorSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.register_parameter("gain", None)
         for name in Scales._fields:
             self.register_buffer(name, None)
 
@@ -42,6 +45,19 @@ class Quantizer(nn.Module):
         for name, value in scales._asdict().items():
             setattr(self, name, value)
 
+    def learn(self) -> nn.Parameter:
+        """Make the scale learnable, and return what it is multiplied by: the logarithm of a factor.
+
+        A factor that is learned itself can turn negative; its logarithm starts at 0, exactly.
+        """
+        self.gain = nn.Parameter(torch.zeros_like(self.scales.scale))
+        return self.gain
+
+    def settle(self) -> None:
+        """Take over the scale that was learned, if one was."""
+        if self.gain is not None:
+            self.scale, self.gain = self.scales.scale.detach(), None
+
     @property
     def scales(self) -> Scales:
         """The scales.
@@ -51,7 +67,8 @@ class Quantizer(nn.Module):
         """
         if self.scale is None:
             raise DQError("it has no scales yet: static inputs need a calibration first")
-        return Scales(self.scale, self.zero, self.multiplier)
+        scale = self.scale if self.gain is None else self.scale * self.gain.exp()
+        return Scales(scale, self.zero, self.multiplier)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized and dequantized `(R, K)` matrix, float32."""

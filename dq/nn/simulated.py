@@ -61,6 +61,8 @@ class QuantLayer:
         kept_input: `(K,)`, the token that is computed apart, if there is one: `dq.nn.kept`.
         codes: `(N, K)` uint8, what a rounding method has made of the weight; None where it is
             rounded to nearest.
+        latent: Gives the matrix that is quantized, where it is learned; see `dq.nn.latent`.
+        latent_bias: `(N,)`, the bias that is learned with it, of the changed input.
         transform: How input and weight are changed before; changes nothing by default.
     """
 
@@ -71,6 +73,8 @@ class QuantLayer:
     input_quantizers: nn.ModuleList
     kept_input: Tensor | None = None
     codes: Tensor | None = None
+    latent: nn.Module | None
+    latent_bias: nn.Parameter | None
     transform: Transform = NO_TRANSFORM
     axis: int  # of the channels
 
@@ -84,6 +88,7 @@ class QuantLayer:
             raise DQError(f"its input is to be {spec.transform}, and no numbers are there for it")
         self.spec = spec
         self.transform = transform
+        self.latent = self.latent_bias = None
         self.weight = layer.weight
         self.bias = layer.bias
         self.weight_quantizer = Quantizer(spec.weight)
@@ -110,6 +115,9 @@ class QuantLayer:
 
     def matrix(self) -> Tensor:
         """Return the weight `(N, K)` that is quantized, floating point."""
+        if self.latent is not None:
+            matrix: Tensor = self.latent()
+            return matrix
         if self.spec.transform is None:
             return self.weight.flatten(1)
         return self.transform.weight(self.weight, conv_groups(self)).flatten(1)
@@ -125,6 +133,8 @@ class QuantLayer:
 
     def changed_bias(self) -> Tensor | None:
         """Return the bias that belongs to the changed input."""
+        if self.latent_bias is not None:
+            return self.latent_bias.to(self.weight.dtype)
         return changed_bias(self.weight, self.bias, self.transform, conv_groups(self))
 
     def operand(self, x: Tensor) -> Tensor:

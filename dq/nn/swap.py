@@ -26,6 +26,7 @@ __all__ = [
     "keep_int8",
     "pack_model",
     "packed_layers",
+    "plain_layers",
     "replace",
     "uninstall",
     "unpack_model",
@@ -99,6 +100,19 @@ def uninstall(model: nn.Module, keep: Container[str] = ()) -> None:
         if isinstance(layer, QuantLayer) and name not in keep:
             assert isinstance(layer, (nn.Linear, nn.Conv2d))  # QuantLayer is mixed into these only
             replace(model, name, _plain(layer, layer.weight, layer.bias))
+
+
+def plain_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return the float layer of each simulated one; they share their parameters.
+
+    With `exchanged` the model is itself in full precision for a while, without a second model.
+    """
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLayer):
+            assert isinstance(layer, (nn.Linear, nn.Conv2d))  # QuantLayer is mixed into these only
+            layers[name] = _plain(layer, layer.weight, layer.bias)
+    return layers
 
 
 def _plain(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:

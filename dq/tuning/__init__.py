@@ -1,0 +1,1 @@
+"""Learning what rounding has broken: rows of captured calls, a loop, losses."""

@@ -1,0 +1,73 @@
+"""How far a quantized denoiser is from itself in full precision, layer by layer and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dq.calibrate import Call, moved, tap_outputs
+from dq.nn import exchanged, plain_layers
+
+__all__ = ["Distillation"]
+
+
+class Distillation:
+    """The loss of QuEST (Wang et al. 2024, arXiv 2402.03666): local terms and a global one.
+
+    L = local_weight * sum_l ||O_l(z) - O_l'(z')||^2 + global_weight * ||e(x, t) - e'(x, t)||^2,
+    means of squares, where primes are quantized and z' are the quantized network's own inputs.
+
+    The teacher is the same network with its float layers in their places, so that it takes neither
+    a second model nor files of targets.
+
+    Args:
+        model: With simulated layers.
+        layers: Names of those that have a local term.
+        local_weight: Of their sum.
+        global_weight: Of the output's term.
+        dtype: Of the arithmetic within layers; quantizers work in float32.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        local_weight: float,
+        global_weight: float,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model
+        self.layers = tuple(layers)
+        self.local_weight, self.global_weight = local_weight, global_weight
+        self.dtype = dtype
+        self._plain = plain_layers(model)
+
+    def __call__(self, call: Call) -> Tensor:
+        """Return the loss of one batch, a float32 scalar."""
+        wanted, expected = self.teacher(call)
+        output, found = self._run(call)
+        total = self.global_weight * F.mse_loss(output.float(), wanted.float())
+        if self.local_weight and self.layers:
+            terms = [F.mse_loss(found[n].float(), expected[n].float()) for n in self.layers]
+            total = total + self.local_weight * torch.stack(terms).sum()
+        return total
+
+    def teacher(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the output in full precision, and those of the layers with local terms."""
+        with torch.no_grad(), exchanged(self.model, self._plain):
+            return self._run(call)
+
+    def _run(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
+        seen: dict[str, Tensor] = {}
+        modules = {name: self.model.get_submodule(name) for name in self.layers}
+        device = next(self.model.parameters()).device
+        enabled = self.dtype != torch.float32
+        with (
+            tap_outputs(modules, seen.__setitem__),
+            torch.autocast(device.type, self.dtype, enabled=enabled),
+        ):
+            output: Tensor = self.model(**moved(call, device), return_dict=False)[0]
+        return output, seen

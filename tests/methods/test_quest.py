@@ -1,0 +1,157 @@
+"""Selective finetuning on tiny models: what learns, what stays, and what is packed."""
+
+import dataclasses
+import itertools
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dq.calibrate import CalibrationSpec, Call, NeedsData
+from dq.engine import quantize
+from dq.errors import DQError
+from dq.family import Role, family_of
+from dq.method import Method
+from dq.methods.gptq import GPTQ
+from dq.methods.ptq import PTQ
+from dq.methods.quest import QuEST
+from dq.nn import packed_layers
+from dq.plan import Plan
+from dq.recipe import Recipe
+from dq.tuning.distill import Distillation
+from tests.models import MODELS
+from tests.packed import same_state
+from tests.sources import Samples
+
+W4 = PTQ("int4", "int8", "static")
+SHORT = QuEST(steps=6, batch=4)
+each = pytest.mark.parametrize("name", ["sd32", "dit64", "pixart64"])
+
+
+def network(name: str = "dit64") -> nn.Module:
+    return MODELS[name].network(MODELS[name].build()).eval()
+
+
+def tuned(
+    *steps: Method, name: str = "dit64", work: Path | None = None, model: nn.Module | None = None
+) -> tuple[nn.Module, Plan]:
+    made = network(name) if model is None else model
+    recipe = Recipe("t", steps, CalibrationSpec(n=4, steps=2, batch=2))
+    return made, quantize(made, recipe, Samples(made), work)
+
+
+def held_out_error(model: nn.Module, name: str) -> float:
+    """Mean squared error of the output, on the calls that the best state is chosen by."""
+    original = network(name)
+    total = 0.0
+    for batch, call in itertools.product(range(3), range(2)):
+        generator = torch.Generator().manual_seed(1000 + 10 * batch + call)  # as `Samples` has them
+        inputs = family_of(original).sample_inputs(original, 2, generator)
+        with torch.no_grad():
+            wanted = original(**inputs, return_dict=False)[0]
+            total += float((model(**inputs, return_dict=False)[0] - wanted).square().mean())
+    return total
+
+
+@each
+def test_it_comes_nearer_to_full_precision(name: str) -> None:
+    step = dataclasses.replace(SHORT, steps=60, batch=8, drift=0.5)
+    still = dataclasses.replace(SHORT, drift=0.0, scale_rate=0.0, weight_scale_rate=0.0)
+    before, _ = tuned(W4, still, name=name)
+    after, plan = tuned(W4, step, name=name)
+    assert held_out_error(after, name) < 0.97 * held_out_error(before, name)
+    assert packed_layers(after).keys() == plan.layers.keys()
+
+
+@each
+def test_layers_of_time_are_kept_unless_they_are_to_learn(name: str) -> None:
+    roles = family_of(network(name)).roles(network(name))
+    time = {n for n, role in roles.items() if role is Role.TIME}
+    for temporal in ("keep", "quantize", "align"):
+        model, plan = tuned(W4, dataclasses.replace(SHORT, temporal=temporal), name=name)
+        assert bool(time & plan.layers.keys()) == (temporal != "keep")
+        assert packed_layers(model).keys() == plan.layers.keys()
+        assert not any(p.requires_grad is False for p in network(name).parameters())
+
+
+@pytest.mark.parametrize("dies_at", [0, 3, 5])
+def test_a_killed_run_ends_in_the_same_bits(
+    dies_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = (W4, GPTQ(), SHORT)
+    whole, _ = tuned(*steps)
+    calls = 0
+    loss = Distillation.__call__
+
+    def dying(self: Distillation, call: Call) -> Tensor:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        if calls > dies_at:
+            raise KeyboardInterrupt
+        return loss(self, call)
+
+    model = network()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Distillation, "__call__", dying)
+        tuned(*steps, work=tmp_path, model=model)
+    assert not packed_layers(model)
+    again, _ = tuned(*steps, work=tmp_path, model=model)
+    assert same_state(again, whole)
+
+
+def test_the_float_model_is_as_trainable_as_before() -> None:
+    model = network()
+    frozen = model.transformer_blocks[0].ff.net[2].weight.requires_grad_(False)
+    others = [p for p in model.parameters() if p is not frozen]
+    with pytest.raises(DQError, match="no quantized layer has one of the roles caption; there are"):
+        tuned(W4, dataclasses.replace(SHORT, critical=(Role.CAPTION,)), model=model)
+    assert not frozen.requires_grad
+    assert all(p.requires_grad for p in others)
+
+
+def test_a_product_of_low_rank_is_merged() -> None:
+    full, plan = tuned(W4, SHORT)
+    thin, same = tuned(W4, dataclasses.replace(SHORT, rank=4))
+    assert plan == same
+    assert thin.state_dict().keys() == full.state_dict().keys()
+
+
+def test_it_says_what_learns(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="dq"):
+        tuned(W4, dataclasses.replace(SHORT, critical=(Role.FEED_FORWARD,)))
+    text = caplog.text
+    assert "weights learn, of transformer_blocks.0.ff.net.0.proj, " in text
+    assert "attn1" not in text.partition("weights learn")[2].partition("\n")[0]
+    assert "loss on held-out images" in text
+
+
+def test_without_data_it_says_what_it_needs() -> None:
+    model = network()
+    with pytest.raises(NeedsData):
+        quantize(model, Recipe("t", (W4, SHORT)), None)
+
+
+@pytest.mark.parametrize("name", ["quest-w4a8", "quest-w8a8", "quest-w4a4", "quest-paper"])
+def test_recipes_by_name(name: str) -> None:
+    made = Recipe.get(name)
+    assert isinstance(made.steps[-1], QuEST)
+    assert Recipe.from_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"temporal": "cached"}, "unknown value of temporal 'cached'"),
+        ({"critical": ["attention"]}, "unknown role 'attention'"),
+        ({"steps": 0}, "steps is 1 or more, not 0"),
+        ({"accumulate": 3}, "accumulate 3 does not divide batch 8"),
+        ({"drift": -1}, "drift is 0 or more, not -1"),
+        ({"rank": -1}, "rank is 0 or more, held_out 1 or more"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(DQError, match=rf"steps\[0\]: {text}"):
+        Recipe.from_dict({"steps": [{"method": "quest", **settings}]})
