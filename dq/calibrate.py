@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dq.errors import DQError, inside
 from dq.nn import describe
@@ -38,7 +39,7 @@ __all__ = [
     "NeedsData",
     "Source",
     "flatten",
-    "moved",
+    "run",
     "tap_inputs",
     "tap_outputs",
     "unflatten",
@@ -134,12 +135,8 @@ def tap_inputs(
     def hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen(name, args[0].detach())
 
-    handles = [m.register_forward_pre_hook(partial(hook, name)) for name, m in layers.items()]
-    try:
+    with _removed([m.register_forward_pre_hook(partial(hook, n)) for n, m in layers.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -151,11 +148,17 @@ def tap_outputs(
     def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         seen(name, output)
 
-    handles = [m.register_forward_hook(partial(hook, name)) for name, m in layers.items()]
+    with _removed([m.register_forward_hook(partial(hook, n)) for n, m in layers.items()]):
+        yield
+
+
+@contextmanager
+def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end."""
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in hooks:
             handle.remove()
 
 
@@ -168,11 +171,8 @@ def _captured(model: nn.Module, calls: list[Call]) -> Iterator[None]:
         bound = signature.bind(*args, **kwargs).arguments
         calls.append({k: _detached(v) for k, v in bound.items() if k != "return_dict"})
 
-    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with _removed([model.register_forward_pre_hook(hook, with_kwargs=True)]):
         yield
-    finally:
-        handle.remove()
 
 
 def _detached(value: Any) -> Any:
@@ -272,12 +272,12 @@ class Calibration:
     def replay(self, calls: Sequence[Call]) -> Iterator[Any]:
         """Run the denoiser on captured calls again and yield its outputs."""
         for call in calls:
-            yield self.model(**moved(call, self.device), return_dict=False)[0]
+            yield run(self.model, call)
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return next(self.model.parameters()).device
+        return _device(self.model)
 
     def input_ranges(
         self, plan: Plan, transforms: Mapping[str, Transform] = MappingProxyType({})
@@ -343,12 +343,21 @@ class Calibration:
         }
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Return the arguments of a call with their tensors on a device."""
+def run(model: nn.Module, call: Call) -> Tensor:
+    """Run a denoiser on captured arguments, where it lies, and return its output."""
+    output: Tensor = model(**_moved(call, _device(model)), return_dict=False)[0]
+    return output
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {k: moved(v, device) for k, v in value.items()}
+        return {k: _moved(v, device) for k, v in value.items()}
     return value
 
 

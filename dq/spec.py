@@ -178,6 +178,13 @@ class TensorSpec:
         return self.granularity.kind == "channel" or isinstance(self.scale_grid, IntFormat)
 
     @property
+    def is_int8(self) -> bool:
+        """Whether a weight is signed integers of at most 8 bits, multipliers included, by row."""
+        grid = self.grid
+        signed = isinstance(grid, IntFormat) and grid.signed
+        return signed and self.symmetric and self.scaled_by_row
+
+    @property
     def outer_by_row(self) -> bool:
         """Whether each row has the float32 scale that multipliers stand upon; else all share it."""
         scales = self.scale_grid

@@ -50,8 +50,7 @@ def form(spec: TensorSpec) -> str | None:
     all of their levels are e4m3 ones.
     """
     if isinstance(spec.grid, IntFormat):
-        held = spec.scaled_by_row and spec.symmetric and spec.grid.signed
-        return "int8" if held else None
+        return "int8" if spec.is_int8 else None
     if spec.has_float_blocks:
         return spec.block_format
     return "fp8" if spec.scaled_by_row and formats["e4m3"].contains(spec.grid) else None

@@ -13,6 +13,7 @@ CPUs have the op too, six to eleven times slower than bf16, so it is not chosen 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -41,10 +42,20 @@ def as_e4m3(codes: Tensor, name: str) -> Tensor:
         name: Of their format, whose levels are e4m3 ones.
     """
     if name != "e4m3":
-        grid = formats[name]
-        every = torch.arange(1 << grid.bits, device=codes.device).to(torch.uint8)
-        codes = formats["e4m3"].encode(grid.decode(every))[codes.int()]
+        # Graphs take it as a constant of theirs.
+        table = _e4m3_bytes if torch.compiler.is_compiling() else _kept_e4m3_bytes
+        codes = table(name, codes.device)[codes.int()]
     return codes.view(torch.float8_e4m3fn)
+
+
+def _e4m3_bytes(name: str, device: torch.device) -> Tensor:
+    """Return the e4m3 code of each code of a format, uint8."""
+    grid = formats[name]
+    every = torch.arange(1 << grid.bits, device=device).to(torch.uint8)
+    return formats["e4m3"].encode(grid.decode(every))
+
+
+_kept_e4m3_bytes = functools.cache(_e4m3_bytes)
 
 
 def e4m3_codes(a: Arguments) -> Tensor:

@@ -11,7 +11,6 @@ import dataclasses
 import inspect
 import logging
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -237,8 +236,7 @@ def _build(found: re.Match[str]) -> Recipe:
     else:
         ptq = PTQ(f"int{weight}", f"int{low}", wide_roles=_WIDE)
     rounded = (GPTQ(),) if int(weight) <= GPTQ.widest else ()
-    steps: Sequence[Method] = (ptq, BOS(), *rounded, QuEST())
-    return Recipe(found[0], tuple(steps), _CALIBRATION)
+    return Recipe(found[0], (ptq, BOS(), *rounded, QuEST()), _CALIBRATION)
 
 
 def _paper(found: re.Match[str]) -> Recipe:
@@ -259,7 +257,7 @@ templates.add(
     "quest-paper",
     Template(
         "quest-paper",
-        "as published: a static scale an input, AdaRound, weights by channel (Wang et al. 2024)",
+        "in the form of Wang et al. 2024: AdaRound by channel, one static scale an input",
         _paper,
     ),
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
-from dq.formats import FloatFormat, IntFormat, formats
+from dq.formats import FloatFormat, formats
 from dq.kernels import Arguments, ConvArguments, Kernel, Site, choose, copies, onednn
 from dq.kernels.kernel import stamp_of
 from dq.nn.changed import conv_groups, convolved, entered
@@ -200,7 +200,7 @@ class PackedLayer(nn.Module):
     def site(self, device: str) -> Site:
         """Return what a kernel has to do for this layer."""
         weight, low = self.spec.weight, self.spec.input
-        weight_kind = "int8" if _is_int8(weight) else _float_kind(weight)
+        weight_kind = "int8" if weight.is_int8 else _float_kind(weight)
         input_kind = "float" if low is None else "other"
         if low is not None and (low.grid.low < 0 or not low.dynamic):
             if low.grid.is_integer and low.granularity.kind != "group":
@@ -338,12 +338,6 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return shape and spec for `repr`."""
         return f"{super().extra_repr()}, {self.spec}"
-
-
-def _is_int8(spec: TensorSpec) -> bool:
-    """Whether a weight is integers of at most 8 bits with one scale a row."""
-    grid = spec.grid
-    return isinstance(grid, IntFormat) and grid.signed and spec.symmetric and spec.scaled_by_row
 
 
 def _float_kind(spec: TensorSpec) -> str:

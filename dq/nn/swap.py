@@ -96,10 +96,9 @@ def install(
 
 def uninstall(model: nn.Module, keep: Container[str] = ()) -> None:
     """Replace every simulated layer, but those to keep, by the float one that it was made from."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, QuantLayer) and name not in keep:
-            assert isinstance(layer, (nn.Linear, nn.Conv2d))  # QuantLayer is mixed into these only
-            replace(model, name, _plain(layer, layer.weight, layer.bias))
+    for name, layer in plain_layers(model).items():
+        if name not in keep:
+            replace(model, name, layer)
 
 
 def plain_layers(model: nn.Module) -> dict[str, Layer]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq.calibrate import Call, moved, tap_inputs, tap_outputs
+from dq.calibrate import Call, run, tap_inputs, tap_outputs
 from dq.nn import exchanged, plain_layers
 from dq.progress import track
 from dq.tuning.loop import Group, Schedule, tune
@@ -43,11 +43,11 @@ def align(
     with torch.no_grad(), exchanged(model, plain_layers(model)):
         plain = {name: model.get_submodule(name) for name in layers}
         with tap_outputs(plain, targets.__setitem__):  # in the order of running
-            _run(model, batch)
+            run(model, batch)
     for name in track(list(targets), "aligning"):
         seen: dict[str, Tensor] = {}
         with torch.no_grad(), tap_inputs({name: modules[name]}, seen.__setitem__):
-            _run(model, batch)
+            run(model, batch)
         layer = modules[name]
         calls = [{"input": seen[name], "target": targets[name]}]
         samples = Samples(calls, "input")
@@ -56,8 +56,3 @@ def align(
             return F.mse_loss(layer(call["input"]).float(), call["target"].float())
 
         tune(learn(name), loss, samples, samples, schedule, Work(None), name)
-
-
-def _run(model: nn.Module, batch: Call) -> None:
-    device = next(model.parameters()).device
-    model(**moved(batch, device), return_dict=False)

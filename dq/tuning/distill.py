@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq.calibrate import Call, moved, tap_outputs
+from dq.calibrate import Call, run, tap_outputs
 from dq.nn import exchanged, plain_layers
 
 __all__ = ["Distillation"]
@@ -28,7 +28,6 @@ class Distillation:
         layers: Names of those that have a local term.
         local_weight: Of their sum.
         global_weight: Of the output's term.
-        dtype: Of the arithmetic within layers; quantizers work in float32.
     """
 
     def __init__(
@@ -37,12 +36,10 @@ class Distillation:
         layers: Sequence[str],
         local_weight: float,
         global_weight: float,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
         self.layers = tuple(layers)
         self.local_weight, self.global_weight = local_weight, global_weight
-        self.dtype = dtype
         self._plain = plain_layers(model)
 
     def __call__(self, call: Call) -> Tensor:
@@ -63,11 +60,5 @@ class Distillation:
     def _run(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         seen: dict[str, Tensor] = {}
         modules = {name: self.model.get_submodule(name) for name in self.layers}
-        device = next(self.model.parameters()).device
-        enabled = self.dtype != torch.float32
-        with (
-            tap_outputs(modules, seen.__setitem__),
-            torch.autocast(device.type, self.dtype, enabled=enabled),
-        ):
-            output: Tensor = self.model(**moved(call, device), return_dict=False)[0]
-        return output, seen
+        with tap_outputs(modules, seen.__setitem__):
+            return run(self.model, call), seen

@@ -20,6 +20,7 @@ from dq.work import Work
 
 __all__ = ["Group", "Schedule", "Tuned", "tune"]
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 _CHECKS = 10  # times that the held-out loss is looked at on the way, and the state is written
 
 
@@ -227,6 +228,3 @@ class _Loop:
         for parameter, best in zip(self.parameters, self.best, strict=True):
             parameter.copy_(best)
         return Tuned(self.start, self.least, self.at, torch.tensor(self.losses))
-
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam

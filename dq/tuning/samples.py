@@ -59,8 +59,7 @@ class Samples:
 
 
 def _same(before: Tensor | None, now: Tensor) -> Tensor:
-    equal = before is not None and before.shape == now.shape and torch.equal(before, now)
-    return before if equal and before is not None else now
+    return before if before is not None and torch.equal(before, now) else now
 
 
 def _row(value: Tensor, row: int, size: int) -> Tensor | None:
