@@ -9,24 +9,23 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dq.errors import DQError, inside
+from dq.errors import DQError
+from dq.full_precision import full_precision
 from dq.nn import describe
-from dq.nn.changed import entered
-from dq.nn.kept import others
-from dq.nn.simulated import segments
-from dq.observers import Observer, observers
+from dq.nn.steps import noted
 from dq.plan import LayerSpec, Plan
 from dq.progress import track
+from dq.ranges import InputObserver, InputRange, InputRanges
 from dq.transform import NO_TRANSFORM, Transform
 from dq.work import Work
 
@@ -34,8 +33,6 @@ __all__ = [
     "Calibration",
     "CalibrationSpec",
     "Call",
-    "InputRange",
-    "InputRanges",
     "NeedsData",
     "Source",
     "flatten",
@@ -46,23 +43,6 @@ __all__ = [
 ]
 
 Call = dict[str, Any]  # the keyword arguments of one forward call of the denoiser
-
-
-class InputRange(NamedTuple):
-    """What calibration has found out about a static input.
-
-    Attributes:
-        low: `(S,)` float32, the smallest value of each segment.
-        high: `(S,)` float32, the largest.
-        kept: `(K,)` float32, the token that is computed apart; None if there is none.
-    """
-
-    low: Tensor
-    high: Tensor
-    kept: Tensor | None = None
-
-
-InputRanges = dict[str, InputRange]  # by layer
 
 
 @dataclass(frozen=True)
@@ -215,10 +195,10 @@ def unflatten(flat: Mapping[str, Tensor]) -> Call:
 
 @dataclass
 class Calibration:
-    """Captured calls of one denoiser, made when first asked for.
+    """Captured calls of one denoiser in full precision, made when first asked for.
 
     Args:
-        model: The denoiser, float.
+        model: The denoiser, float, or with simulated layers, which are taken out for the drawing.
         source: What makes it run; None if the recipe has no data.
         spec: How much.
         work: Where finished batches and stages are kept.
@@ -235,6 +215,14 @@ class Calibration:
         number = self._stages[kind]
         self._stages[kind] += 1
         return f"{kind}-{number}"
+
+    def beside(self, spec: CalibrationSpec) -> Calibration:
+        """Return a calibration of the same model on other images, kept in a folder of its own."""
+        folder = self.work.folder
+        name = f"images-{spec.seed}-{spec.n}-{spec.steps}"
+        return Calibration(
+            self.model, self.source, spec, Work(None if folder is None else folder / name)
+        )
 
     def batches(self) -> Iterator[list[Call]]:
         """Yield the calls of each batch of images, capturing what was not captured before.
@@ -256,7 +244,7 @@ class Calibration:
         stored = self.work.load(stage)
         if stored is None:
             calls: list[Call] = []
-            with _captured(self.model, calls):
+            with full_precision(self.model), _captured(self.model, calls):
                 source.run(self.spec, batch)
             if not calls:
                 raise DQError("the pipeline drew images without calling its denoiser")
@@ -318,22 +306,28 @@ class Calibration:
         self, wanted: Sequence[Mapping[str, LayerSpec]], transforms: Mapping[str, Transform]
     ) -> dict[str, Tensor]:
         layers = {name: self.model.get_submodule(name) for specs in wanted for name in specs}
-        watchers: dict[str, dict[int, _SegmentObserver]] = {name: {} for name in layers}
+        watchers: dict[str, dict[int, InputObserver]] = {name: {} for name in layers}
         for index, specs in enumerate(wanted):
             for name, spec in specs.items():
                 place = describe(name, layers[name])
                 changed = transforms.get(name, NO_TRANSFORM)
-                watchers[name][index] = _SegmentObserver(place, layers[name], spec, changed)
+                watchers[name][index] = InputObserver(place, layers[name], spec, changed)
+        every = [watcher for mine in watchers.values() for watcher in mine.values()]
 
         def seen(name: str, x: Tensor) -> None:
             for watcher in watchers[name].values():
                 watcher.update(x)
 
-        for calls in self.batches():
-            # During the replay only: a batch being drawn would count twice, a stored one once.
-            with tap_inputs(layers, seen):
-                for _ in self.replay(calls):
-                    pass
+        with ExitStack() as stack:
+            if any(watcher.groups for watcher in every):
+                steps = stack.enter_context(noted(self.model))
+                for watcher in every:
+                    watcher.steps = steps
+            for calls in self.batches():
+                # During the replay only: a batch being drawn would count twice, a stored one once.
+                with tap_inputs(layers, seen):
+                    for _ in self.replay(calls):
+                        pass
         return {
             f"{index}.{name}.{key}": value
             for name, mine in watchers.items()
@@ -345,8 +339,12 @@ class Calibration:
 
 def run(model: nn.Module, call: Call) -> Tensor:
     """Run a denoiser on captured arguments, where it lies, and return its output."""
-    output: Tensor = model(**_moved(call, _device(model)), return_dict=False)[0]
-    return output
+    # Not every denoiser has the choice: some return the tensor itself.
+    plain = "return_dict" in inspect.signature(model.forward).parameters
+    options = {"return_dict": False} if plain else {}
+    output: Any = model(**_moved(call, _device(model)), **options)
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -359,51 +357,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {k: _moved(v, device) for k, v in value.items()}
     return value
-
-
-class _SegmentObserver:
-    """One observer for each channel segment of a layer's input."""
-
-    def __init__(self, place: str, layer: nn.Module, spec: LayerSpec, transform: Transform) -> None:
-        assert isinstance(layer, (nn.Linear, nn.Conv2d))  # plans name no other layers
-        assert spec.input is not None  # the caller has filtered
-        self.place = place
-        self.layer = layer
-        self.transform = transform
-        self.every = spec.kept_every
-        self.kept: Tensor | None = None
-        self.axis = -1 if isinstance(layer, nn.Linear) else 1
-        self.sizes = segments(layer, spec)
-        made = observers[spec.input.observer]
-        self.observers: list[Observer] = [made(spec.input) for _ in self.sizes]
-
-    def update(self, x: Tensor) -> None:
-        """Take in one input of the layer; kept tokens do not widen its range."""
-        x = entered(self.layer, x, self.transform)
-        if self.every:
-            x = self._without_kept(x)
-        for observer, part in zip(self.observers, x.split(self.sizes, self.axis), strict=True):
-            flat = part.float().reshape(1, -1)
-            if not bool(torch.isfinite(flat.sum())):
-                raise DQError(
-                    f"{self.place}: its input is not finite during calibration; "
-                    "calibrate in float32 or bfloat16, and check the checkpoint"
-                )
-            observer.update(flat)
-
-    def _without_kept(self, x: Tensor) -> Tensor:
-        """Return the other tokens, `(n, K)`; the first kept one that is not zero is noted."""
-        tokens = x[..., :: self.every, :].reshape(-1, x.shape[-1])
-        tokens = tokens[tokens.any(1)]
-        if self.kept is None and len(tokens):
-            self.kept = tokens[0].float().clone()
-        return others(x, self.every)
-
-    def range(self) -> InputRange:
-        """Return what was found."""
-        with inside(self.place):
-            ranges = [observer.range() for observer in self.observers]
-            if self.every and self.kept is None:
-                raise DQError("every prompt of the calibration was zero; add prompts with text")
-        low, high = zip(*ranges, strict=True)
-        return InputRange(torch.cat(low), torch.cat(high), self.kept)

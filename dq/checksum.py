@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dq.errors import DQError
-from dq.nn.packed import TENSORS
+from dq.nn.packed_layer import TENSORS
 from dq.plan import Plan
 
 __all__ = ["check_readable", "digest", "metadata", "of", "of_model", "read"]
@@ -36,6 +36,8 @@ def digest(crcs: Mapping[str, int], plan: Plan) -> str:
         words.append(f"{layer} {json.dumps(spec.to_dict(), sort_keys=True)}")
         names = (f"{layer}.{leaf}" for leaf in TENSORS)
         words += [f"{crcs[name]:08x}" for name in names if name in crcs]
+    for site, operands in sorted(plan.attention.items()):
+        words.append(f"{site} {json.dumps(operands.to_dict(), sort_keys=True)}")
     return f"{zlib.crc32(','.join(words).encode()):08x}"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dq import runtime
+from dq import attention, runtime
 from dq.calibrate import Calibration, Source
 from dq.errors import DQError
 from dq.family import family_of
@@ -79,9 +79,10 @@ def _run(job: Job, recipe: Recipe) -> Plan:
         _install(job)
         pack_model(model)
         job.plan = fold(model, job.plan, job.family.fed(model))
-        runtime.install(model)
+        runtime.install(model, job.plan.attention)
     except BaseException:
         uninstall(model)
+        attention.uninstall(model)
         raise
     finally:
         model.train(training)
@@ -123,8 +124,8 @@ def _install(job: Job) -> None:
 
     Layers that are simulated so already keep their weights and their ranges: they may be tuned.
     """
-    there = {n: m.spec for n, m in job.model.named_modules() if isinstance(m, QuantLayer)}
-    changed = {n: spec for n, spec in job.plan.layers.items() if there.get(n) != spec}
+    there = {n: m.spec.core for n, m in job.model.named_modules() if isinstance(m, QuantLayer)}
+    changed = {n: spec for n, spec in job.plan.layers.items() if there.get(n) != spec.core}
     # A range that a step has chosen is not looked for, if its format is still the one it is for; a
     # token to be kept always is.
     chosen = {
@@ -136,6 +137,7 @@ def _install(job: Job) -> None:
     transforms = {n: t for n, t in job.transforms.items() if _has_transform(job.plan, n)}
     ranges = job.calibration.input_ranges(replace(job.plan, layers=rest), transforms)
     install(job.model, job.plan, transforms=transforms)
+    attention.quantize(job.model, job.plan.attention)
     for name, range in {**ranges, **chosen}.items():
         layer = job.model.get_submodule(name)
         assert isinstance(layer, QuantLayer)  # installed above

@@ -71,8 +71,13 @@ class Family:
             causal text encoder, by denoiser; empty if there is none.
         fed: Names of norms with a weight and a bias for each channel, and the layers that see what
             they put out; nothing else may see it. Changes of inputs are folded into such norms.
+        timed: Names of the layers that see nothing but the timestep, so that their outputs can be
+            stored for those of a schedule.
+        output: Name of the last layer; empty if it is not one Linear or Conv2d.
         dynamic_inputs: Whether activations are quantized by token at run time unless a recipe says
             otherwise: transformers, where channels of few tokens dominate static ranges.
+        logits_axis: Axis of the output that holds logits over a vocabulary of tokens; None for
+            models that predict noise, a velocity or an image, as most do.
     """
 
     name: str
@@ -84,7 +89,10 @@ class Family:
     sample_inputs: Callable[[nn.Module, int, torch.Generator], dict[str, Any]]
     prompt: Callable[[nn.Module], str] = lambda model: ""
     fed: Callable[[nn.Module], Mapping[str, tuple[str, ...]]] = lambda model: {}
+    timed: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
+    output: Callable[[nn.Module], str] = lambda model: ""
     dynamic_inputs: bool = False
+    logits_axis: int | None = None
 
     def is_dynamic(self, scaling: str) -> bool:
         """Return whether the scales of inputs are found at run time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from dq.errors import DQError
 from dq.nn import describe
 
 __all__ = ["ChannelRange", "Seen", "look"]
+
+_STORED = ("ends", "samples", "by_step")  # of each layer
 
 
 class ChannelRange(NamedTuple):
@@ -31,11 +34,15 @@ class Seen(NamedTuple):
         range: Over all batches.
         early: Over all batches but the last; over all if there is one only.
         samples: A few inputs from the last batch, `(tokens, C)` or `(images, C, H, W)`, on the CPU.
+        by_step: `(T, C)` float32, the largest magnitude of each channel at each denoising step,
+            over all batches: T is the number of calls of a batch, and the k-th call of every batch
+            is the same step. Zero at calls that do not reach the layer.
     """
 
     range: ChannelRange
     early: ChannelRange
     samples: Tensor
+    by_step: Tensor
 
 
 def look(
@@ -55,7 +62,7 @@ def look(
     layers = {name: calibration.model.get_submodule(name) for name in names}
     stage = calibration.stage("inputs")
     stored = calibration.work.load(stage, calibration.device)
-    if stored is None or {n.rpartition(".")[0] for n in stored} != layers.keys():
+    if stored is None or stored.keys() != {f"{n}.{key}" for n in layers for key in _STORED}:
         stored = _look(calibration, layers, tokens, images)
         calibration.work.save(stage, stored)
     return {name: _seen(name, stored) for name in layers}
@@ -65,13 +72,17 @@ def _look(
     calibration: Calibration, layers: Mapping[str, nn.Module], tokens: int, images: int
 ) -> dict[str, Tensor]:
     ranges: dict[str, list[ChannelRange]] = {name: [] for name in layers}
+    sizes: dict[str, dict[int, Tensor]] = {name: {} for name in layers}  # by step
+    steps = 0
     parts: dict[str, list[Tensor]] = {}
     generator = torch.Generator().manual_seed(calibration.spec.seed)
     for calls in calibration.batches():
         now: dict[str, ChannelRange] = {}
+        steps = max(steps, len(calls))
         parts = {name: [] for name in layers}  # those of the last batch stay
 
         def seen(
+            step: int,
             name: str,
             x: Tensor,
             now: dict[str, ChannelRange] = now,
@@ -79,6 +90,8 @@ def _look(
             calls: int = len(calls),
         ) -> None:
             low, high = torch.aminmax(_by_channel(layers[name], x).float(), dim=0)
+            size = torch.maximum(-low, high)
+            sizes[name][step] = torch.maximum(size, sizes[name].get(step, size))
             if name in now:
                 low, high = torch.minimum(low, now[name].low), torch.maximum(high, now[name].high)
             now[name] = ChannelRange(low, high)
@@ -88,9 +101,10 @@ def _look(
             picked = torch.randperm(len(rows), generator=generator)[:count].to(x.device)
             parts[name].append(rows[picked].cpu())
 
-        with tap_inputs(layers, seen):
-            for _ in calibration.replay(calls):
-                pass
+        for step, call in enumerate(calls):
+            with tap_inputs(layers, partial(seen, step)):
+                for _ in calibration.replay([call]):
+                    pass
         for name, found in now.items():
             ranges[name].append(found)
     stored: dict[str, Tensor] = {}
@@ -101,7 +115,9 @@ def _look(
         ends = torch.stack([torch.stack(found) for found in ranges[name]])
         if not bool(ends.isfinite().all()):
             raise DQError(f"{place}: its input is not finite during calibration")
+        zero = torch.zeros_like(ends[0, 0])
         stored[f"{name}.ends"] = ends  # (batches, 2, C)
+        stored[f"{name}.by_step"] = torch.stack([sizes[name].get(i, zero) for i in range(steps)])
         stored[f"{name}.samples"] = torch.cat(parts[name])
     return stored
 
@@ -113,6 +129,7 @@ def _seen(name: str, stored: Mapping[str, Tensor]) -> Seen:
         ChannelRange(low.amin(0), high.amax(0)),
         ChannelRange(low[early].amin(0), high[early].amax(0)),
         stored[f"{name}.samples"].cpu(),
+        stored[f"{name}.by_step"],
     )
 
 

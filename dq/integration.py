@@ -29,7 +29,8 @@ from dq.engine import decide
 from dq.errors import DQError, inside, unknown
 from dq.memory import give_back
 from dq.nn import describe, empty_packed, packed_layers, unpack_model
-from dq.nn.packed import COMPANIONS, packed
+from dq.nn.packed import packed
+from dq.nn.packed_layer import COMPANIONS
 from dq.nn.swap import replace
 from dq.plan import Plan
 from dq.recipe import Recipe
@@ -275,7 +276,7 @@ class DQQuantizer(DiffusersQuantizer):
         for layer in packed_layers(model).values():
             layer.compute_dtype = self.compute_dtype
         _align(model)
-        runtime.install(model)
+        runtime.install(model, self.plan.attention)
         self._stash, self._arrivals, self._names = {}, None, []
         digest = digest or checksum.of_model(model, self.plan)
         _record(model, self, DQConfig(plan=self.plan, digest=digest))

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration, InputRange
+from dq.calibrate import Calibration
 from dq.family import Family
 from dq.plan import Plan
+from dq.ranges import InputRange
 from dq.registry import Registry
 from dq.spec import TensorSpec
 from dq.transform import Transform

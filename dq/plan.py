@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
+from dq.attention_spec import AttentionSpec
 from dq.errors import DQError, inside, unknown
 from dq.spec import TensorSpec
 from dq.transform import TransformSpec
@@ -15,6 +16,8 @@ from dq.transform import TransformSpec
 __all__ = ["PLAN_VERSION", "LayerSpec", "Plan", "match"]
 
 PLAN_VERSION = 1
+
+T = TypeVar("T")
 
 
 def match(pattern: str, names: Iterable[str]) -> tuple[str, ...]:
@@ -37,12 +40,17 @@ class LayerSpec:
     Args:
         weight: Spec of the weight; granularity channel or group.
         input: Spec of the input, or None if it stays floating point. Static inputs have one scale
-            (granularity tensor), dynamic ones one a token, or one a group of channels.
+            (granularity tensor) or one a group of channels, dynamic ones one a token, or one a
+            token and group of channels.
         input_splits: Sizes of channel segments with a scale each, for inputs that are concatenated
             from parts of different range (UNet skip connections); empty for one segment.
         kept_every: The first of every so many tokens, the begin-of-sentence token of a prompt, is
             computed apart and never quantized; 0 for no such token. See `dq.nn.kept`.
         transform: How the input is changed before it is quantized, and the weight with it.
+        tabled: Timesteps at which the output is stored, in full precision, instead of computed: for
+            layers that see nothing but the timestep. See `dq.nn.stepwise`.
+        output_groups: Timesteps, ascending, each with a scale and a shift of the output; a call
+            takes those of the nearest. Empty for none.
     """
 
     weight: TensorSpec
@@ -50,12 +58,22 @@ class LayerSpec:
     input_splits: tuple[int, ...] = ()
     kept_every: int = 0
     transform: TransformSpec | None = None
+    tabled: tuple[float, ...] = ()
+    output_groups: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weight.dynamic or self.weight.granularity.kind not in ("channel", "group"):
             raise DQError(f"a weight is static, by channel or group, not {self.weight}")
+        if self.weight.step_groups:
+            raise DQError("a weight is the same at every step: step groups are for inputs")
+        if self.tabled and self.output_groups:
+            raise DQError("outputs that are stored need no correction: tabled or output_groups")
         if self.kept_every < 0:
             raise DQError(f"kept_every is a number of tokens, not {self.kept_every}")
+        for name in ("tabled", "output_groups"):
+            times = getattr(self, name)
+            if list(times) != sorted(set(times)):
+                raise DQError(f"{name} are ascending timesteps, not {times}")
         if self.kept_every and not self.is_static:
             raise DQError("kept tokens need a static input: others have a scale of their own")
         if self.kept_every and self.transform is not None:
@@ -66,7 +84,7 @@ class LayerSpec:
             if self.input_splits:
                 raise DQError("input_splits without a quantized input")
             return
-        wanted = ("token", "group") if self.input.dynamic else ("tensor",)
+        wanted = ("token", "group") if self.input.dynamic else ("tensor", "group")
         if self.input.granularity.kind not in wanted:
             kind = "dynamic" if self.input.dynamic else "static"
             raise DQError(
@@ -77,8 +95,21 @@ class LayerSpec:
         signed = self.input.grid.low < 0 or shifted
         if self.input.dynamic and not (self.input.symmetric and signed):
             raise DQError("a dynamic input is symmetric and signed")
-        if self.input.dynamic and self.input_splits:
-            raise DQError("input_splits need a static input")
+        if self.input_splits and self.input.granularity.kind != "tensor":
+            raise DQError("input_splits need a static input without groups of channels")
+        if not self.input.dynamic and self.input.scale_grid is not None:
+            raise DQError(f"{self.input.scale_format} scales of an input are found at run time")
+
+    @property
+    def core(self) -> LayerSpec:
+        """What decides the codes of weight and input; the rest is put upon them."""
+        return dataclasses.replace(self, tabled=(), output_groups=())
+
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether a layer has to know the timestep."""
+        inputs = () if self.input is None else self.input.step_groups
+        return bool(self.tabled or self.output_groups or inputs)
 
     @property
     def is_static(self) -> bool:
@@ -99,8 +130,14 @@ class LayerSpec:
             channels: Of the input; 0 for as many as columns.
         """
         total = self.weight.bytes(rows, columns)
-        if self.is_static:
-            total += 8 * max(len(self.input_splits), 1)  # a scale and a zero, float32 each
+        if self.input is not None and self.is_static:
+            parts = max(len(self.input_splits), 1)
+            if self.input.granularity.kind == "group":
+                parts = (channels or columns) // self.input.granularity.size
+            # A scale and a zero, float32 each.
+            total += 8 * parts * max(len(self.input.step_groups), 1)
+        total += 4 * rows * len(self.tabled)
+        total += 8 * rows * len(self.output_groups)  # a scale and a shift
         if self.kept_every:
             total += 4 * (rows + columns)  # what the kept token is, and what becomes of it
         if self.transform is not None:
@@ -118,6 +155,9 @@ class LayerSpec:
             values["kept_every"] = self.kept_every
         if self.transform is not None:
             values["transform"] = dataclasses.asdict(self.transform)
+        for name in ("tabled", "output_groups"):
+            if getattr(self, name):
+                values[name] = list(getattr(self, name))
         return values
 
     @classmethod
@@ -134,13 +174,19 @@ class LayerSpec:
             input_splits=tuple(values.get("input_splits", ())),
             kept_every=values.get("kept_every", 0),
             transform=None if changed is None else TransformSpec.from_dict(changed),
+            tabled=tuple(map(float, values.get("tabled", ()))),
+            output_groups=tuple(map(float, values.get("output_groups", ()))),
         )
 
     def __str__(self) -> str:
         split = f" split {'+'.join(map(str, self.input_splits))}" if self.input_splits else ""
         kept = f" keeps 1 of {self.kept_every} tokens" if self.kept_every else ""
         changed = "" if self.transform is None else f" {self.transform}"
-        return f"{self.weight} | {self.input or 'float'}{split}{kept}{changed}"
+        tabled = f" tabled at {len(self.tabled)} timesteps" if self.tabled else ""
+        groups = len(self.output_groups)
+        corrected = f" corrected in {groups} step groups" if groups else ""
+        known = f"{split}{kept}{changed}{tabled}{corrected}"
+        return f"{self.weight} | {self.input or 'float'}{known}"
 
 
 @dataclass(frozen=True)
@@ -151,12 +197,14 @@ class Plan:
         model: Class name of the denoiser that it was made for.
         layers: Module name to spec.
         notes: Module name to one sentence, where the recipe was not followed to the letter.
+        attention: Name of an attention to the spec of its operands; those of others stay float.
         version: Of the file format.
     """
 
     model: str
     layers: Mapping[str, LayerSpec]
     notes: Mapping[str, str] = field(default_factory=dict)
+    attention: Mapping[str, AttentionSpec] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
     def is_static(self) -> bool:
@@ -165,15 +213,19 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; equal specs are written once."""
-        table: dict[LayerSpec, int] = {}
-        layers = {name: table.setdefault(spec, len(table)) for name, spec in self.layers.items()}
+        specs, layers = _numbered(self.layers)
         values: dict[str, Any] = {
             "version": self.version,
             "model": self.model,
-            "specs": [spec.to_dict() for spec in table],
+            "specs": specs,
             "layers": layers,
         }
-        return {**values, "notes": dict(self.notes)} if self.notes else values
+        if self.notes:
+            values["notes"] = dict(self.notes)
+        if self.attention:
+            specs, sites = _numbered(self.attention)
+            values["attention"] = {"specs": specs, "sites": sites}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -188,20 +240,47 @@ class Plan:
                 f"plan version {version!r} cannot be read, only {PLAN_VERSION}; "
                 "it was written by another dq: pip install -U dq-diffusion"
             )
-        known = ("version", "model", "specs", "layers", "notes")
+        known = ("version", "model", "specs", "layers", "notes", "attention")
         for key in values:
             if key not in known:
                 raise unknown("key of a plan", key, known)
-        for key in known[:-1]:
+        for key in known[:4]:
             if key not in values:
                 raise DQError(f"the plan has no {key!r}")
-        specs = []
-        for index, entry in enumerate(values["specs"]):
-            with inside(f"specs[{index}]"):
-                specs.append(LayerSpec.from_dict(entry))
-        layers = {}
-        for name, index in values["layers"].items():
-            if not isinstance(index, int) or not 0 <= index < len(specs):
-                raise DQError(f"layer {name} refers to spec {index!r} of {len(specs)}")
-            layers[name] = specs[index]
-        return cls(values["model"], layers, dict(values.get("notes", {})))
+        layers = _read(values["specs"], values["layers"], LayerSpec.from_dict, "layer")
+        operands = values.get("attention", {"specs": [], "sites": {}})
+        with inside("attention"):
+            attention = _read(
+                operands["specs"], operands["sites"], AttentionSpec.from_dict, "attention"
+            )
+        return cls(values["model"], layers, dict(values.get("notes", {})), attention)
+
+
+class _Spec(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def _numbered(specs: Mapping[str, _Spec]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Return each different spec once, and its number by name."""
+    table: dict[_Spec, int] = {}
+    numbers = {name: table.setdefault(spec, len(table)) for name, spec in specs.items()}
+    return [spec.to_dict() for spec in table], numbers
+
+
+def _read(
+    entries: Sequence[dict[str, Any]],
+    numbers: Mapping[str, int],
+    read: Callable[[dict[str, Any]], T],
+    kind: str,
+) -> dict[str, T]:
+    """Invert `_numbered`."""
+    specs = []
+    for index, entry in enumerate(entries):
+        with inside(f"specs[{index}]"):
+            specs.append(read(entry))
+    found = {}
+    for name, index in numbers.items():
+        if not isinstance(index, int) or not 0 <= index < len(specs):
+            raise DQError(f"{kind} {name} refers to spec {index!r} of {len(specs)}")
+        found[name] = specs[index]
+    return found

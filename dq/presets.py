@@ -88,14 +88,18 @@ def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
     return TensorSpec(base, grouped, observer=observer, scale_format=multiplier)
 
 
-def input_preset(name: str, dynamic: bool, observer: str = "mse") -> TensorSpec:
+def input_preset(
+    name: str, dynamic: bool, observer: str = "mse", static_groups: bool = False
+) -> TensorSpec:
     """Return an input format by name.
 
     Args:
-        name: See the table above. Blocks and groups always have scales found at run time.
+        name: See the table above. Blocks always have scales found at run time.
         dynamic: Whether others have: a scale a token, symmetric. Static ones have one for all, and
             integers then a zero point.
         observer: How static ranges are chosen.
+        static_groups: Whether groups of channels have static scales, the same for all tokens; else
+            they are found at run time. Groups of one are a simulation: nothing multiplies them.
 
     Raises:
         DQError: If there is no such format.
@@ -104,12 +108,13 @@ def input_preset(name: str, dynamic: bool, observer: str = "mse") -> TensorSpec:
     if base in BLOCK_FORMATS:
         cheap = _RUN_TIME_RULES[BLOCK_FORMATS[base].scale_format]
         return _in_blocks(base, rule or cheap, dynamic=True)
-    if group:
-        return TensorSpec(base, Granularity("group", group), dynamic=True)
-    if dynamic:
+    granularity = Granularity("group", group) if group else None
+    if granularity and not static_groups:
+        return TensorSpec(base, granularity, dynamic=True)
+    if dynamic and not granularity:
         return TensorSpec(base, Granularity("token"), dynamic=True)
     symmetric = not isinstance(formats[base], IntFormat)
-    return TensorSpec(base, Granularity("tensor"), symmetric, observer=observer)
+    return TensorSpec(base, granularity or Granularity("tensor"), symmetric, observer=observer)
 
 
 def _in_blocks(name: str, rule: str, dynamic: bool) -> TensorSpec:

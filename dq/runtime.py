@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dq import attention
+from dq.attention_spec import AttentionSpec
 from dq.errors import DQError
 from dq.family import Role, family_of
 from dq.nn import PackedLayer, norm, packed_layers
 from dq.nn.kept import note
+from dq.nn.steps import watch
 
 __all__ = ["compile_blocks", "install", "remember_prompts", "uninstall"]
 
 
-def install(model: nn.Module) -> None:
-    """Give a denoiser the attention and the norms that suit packed layers, in place."""
-    attention.install(model)
+def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyType({})) -> None:
+    """Give a denoiser the attention and the norms that suit packed layers, in place.
+
+    Args:
+        model: The denoiser.
+        specs: Of attentions with quantized operands, by name.
+    """
+    attention.install(model, specs)
     norm.install(model)
     remember_prompts(model, True)
     _note_kept_tokens(model)
+    watch(model)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -31,6 +41,7 @@ def uninstall(model: nn.Module) -> None:
     norm.uninstall(model)
     remember_prompts(model, False)
     _forget_kept_tokens(model)
+    watch(model)  # no packed layer is left that asks for the timestep
 
 
 def remember_prompts(model: nn.Module, yes: bool) -> None:

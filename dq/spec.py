@@ -105,6 +105,8 @@ class TensorSpec:
             inputs stay exact (the QServe construction, arXiv 2405.04532, section 4.2). "e8m0":
             powers of two (OCP MX). "e4m3": times a float32 for the whole tensor (NVFP4).
         scale_rule: How such scales are found; see `dq.blocks`.
+        step_groups: Timesteps, ascending: a static input then has scales for each of them, and a
+            call those of the nearest. Empty for the same ones at every timestep.
     """
 
     format: str
@@ -114,6 +116,7 @@ class TensorSpec:
     observer: str = "absmax"
     scale_format: str = "float32"
     scale_rule: str = "search"
+    step_groups: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         grid = self.grid
@@ -121,6 +124,10 @@ class TensorSpec:
             raise DQError(f"{self.format} has no zero: it is for scales, not for values")
         if not self.symmetric and not isinstance(grid, IntFormat):
             raise DQError(f"asymmetric {self.format}: only integer formats have a zero point")
+        if list(self.step_groups) != sorted(set(self.step_groups)):
+            raise DQError(f"step groups are ascending timesteps, not {self.step_groups}")
+        if self.dynamic and self.step_groups:
+            raise DQError("dynamic scales fit every step: step groups are for static ones")
         scales = self.scale_grid
         rules = ("search",) if scales is None else _rules(scales, grid)
         if not rules:
@@ -194,11 +201,12 @@ class TensorSpec:
     def is_deployable(self) -> bool:
         """Whether some hardware multiplies the format; others are emulated, wherever they run.
 
-        Integers; floats by tensor, channel or token whose levels are all e4m3 or e5m2 ones (e2m1,
-        e2m3 and e3m2 are); MX and NVFP4 blocks.
+        Integers, but with a scale for every single channel that is summed over; floats by tensor,
+        channel or token whose levels are all e4m3 or e5m2 ones (e2m1, e2m3 and e3m2 are); MX and
+        NVFP4 blocks.
         """
         if self.grid.is_integer:
-            return True
+            return self.granularity.size != 1
         if self.has_float_blocks:
             return self.block_format is not None
         return self.granularity.kind != "group" and any(
@@ -221,7 +229,8 @@ class TensorSpec:
         values: dict[str, Any] = {"format": self.format, "granularity": str(self.granularity)}
         for field in dataclasses.fields(self)[2:]:
             if getattr(self, field.name) != field.default:
-                values[field.name] = getattr(self, field.name)
+                value = getattr(self, field.name)
+                values[field.name] = list(value) if isinstance(value, tuple) else value
         return values
 
     @classmethod
@@ -239,6 +248,8 @@ class TensorSpec:
             if key not in values:
                 raise DQError(f"a tensor spec needs the key {key!r}")
         rest = {k: v for k, v in values.items() if k != "granularity"}
+        if "step_groups" in rest:  # a list in JSON
+            rest["step_groups"] = tuple(map(float, rest["step_groups"]))
         return cls(granularity=Granularity.parse(values["granularity"]), **rest)
 
     def __str__(self) -> str:
@@ -247,4 +258,5 @@ class TensorSpec:
         words += ["dynamic"] if self.dynamic else []
         words += [] if self.scale_grid is None else [f"{self.scale_format} scales"]
         words += [] if self.scale_rule == "search" else [self.scale_rule]
+        words += [f"in {len(self.step_groups)} step groups"] if self.step_groups else []
         return " ".join(words)

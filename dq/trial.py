@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dq.calibrate import InputRange
 from dq.inputs import ChannelRange
 from dq.nn.changed import entered
 from dq.nn.layers import Layer
-from dq.nn.simulated import segments, simulate
+from dq.nn.simulated import segments, sharing, simulate
 from dq.observers import observers
 from dq.plan import LayerSpec
+from dq.ranges import InputRange
 from dq.scales import Scales
 from dq.transform import NO_TRANSFORM, Transform
 
@@ -68,8 +68,8 @@ def observed(
     ranges = []
     for part, end in zip(parts, changed.split(sizes, -1), strict=True):
         observer = observers[spec.input.observer](spec.input)
-        observer.update(part.reshape(1, -1))
-        observer.update(end.reshape(1, -1))
+        observer.update(sharing(part, spec.input, axis))
+        observer.update(sharing(end, spec.input, -1))
         ranges.append(observer.range())
     low, high = zip(*ranges, strict=True)
     return InputRange(torch.cat(low), torch.cat(high))

@@ -39,6 +39,21 @@ def _splits(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {}
 
 
+def _timed(model: Any) -> tuple[str, ...]:
+    """Return the embeddings of the timestep.
+
+    With PixArt, what shifts and scales every block follows from them alone, unless sizes are added.
+    """
+    names = [name for name in _roles(model) if ".timestep_embedder." in name]
+    if type(model).__name__ == "PixArtTransformer2DModel" and not model.use_additional_conditions:
+        names.append("adaln_single.linear")
+    return tuple(names)
+
+
+def _output(model: nn.Module) -> str:
+    return "proj_out_2" if hasattr(model, "proj_out_2") else "proj_out"
+
+
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     config, like = model.config, model.pos_embed.proj.bias
     size = config.sample_size
@@ -69,6 +84,8 @@ DIT: Family = families.add(
         blocks=_blocks,
         splits=_splits,
         sample_inputs=_sample_inputs,
+        timed=_timed,
+        output=_output,
         dynamic_inputs=True,
     ),
 )

@@ -64,8 +64,10 @@ def draw(
         seeds: One a prompt: an image does not depend on its neighbours in the batch.
         steps: Denoising steps.
         guidance: Classifier-free guidance scale; None for the pipeline's own default.
-        batch: Images drawn at a time.
-        output_type: "pil", "np" (float, 0 to 1, NHWC), "pt" or "latent", as in diffusers.
+        batch: Images drawn at a time; pipelines that cannot give each image of a batch a seed of
+            its own draw one.
+        output_type: "pil", "np" (float, 0 to 1, NHWC), "pt" or "latent", as in diffusers: for
+            pipelines of tokens their codes, `(H, W)` int64.
 
     Returns:
         One entry a prompt.
@@ -74,16 +76,24 @@ def draw(
         DQError: If the pipeline takes neither prompts nor classes.
     """
     images: list[Any] = []
-    starts = range(0, len(prompts), batch)
+    alone = not _takes_seeds(pipe)
+    size = 1 if alone else batch
+    starts = range(0, len(prompts), size)
     with _quiet(pipe):
         for start in track(starts, "drawing"):
-            part = list(prompts[start : start + batch])
-            generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + batch]]
-            arguments: dict[str, Any] = {"num_inference_steps": steps, "generator": generators}
+            part = list(prompts[start : start + size])
+            generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + size]]
+            arguments: dict[str, Any] = {"num_inference_steps": steps}
+            arguments["generator"] = generators[0] if alone else generators
             if guidance is not None:
                 arguments["guidance_scale"] = guidance
             images.extend(pipe(**_condition(pipe, part, output_type), **arguments).images)
     return images
+
+
+def _takes_seeds(pipe: Any) -> bool:
+    """Whether each image of a batch may have a generator: aMUSEd's scheduler has one for all."""
+    return type(pipe.scheduler).__name__ != "AmusedScheduler"
 
 
 def _condition(pipe: Any, prompts: list[str], output_type: str) -> dict[str, Any]:

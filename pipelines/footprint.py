@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from dq import attention
 from dq.kernels.layout import scratch_bytes
 from dq.nn import matrix_shape, packed_layers
 from dq.nn.layers import input_channels
-from dq.nn.packed import TENSORS
+from dq.nn.packed_layer import TENSORS
 
 __all__ = ["Footprint", "LayerReport", "footprint", "planned_bytes"]
 
@@ -53,6 +54,8 @@ class Footprint:
         float_bytes: Bytes without quantization in the same compute dtype.
         average_weight_bits: Bits of codes, scales and zero points a weight, over packed layers.
         layers: One report a packed layer.
+        attention: Number of attentions by how their operands are quantized, in words; those that
+            stay float are left out.
     """
 
     model: str
@@ -64,6 +67,7 @@ class Footprint:
     float_bytes: int
     average_weight_bits: float
     layers: tuple[LayerReport, ...]
+    attention: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -132,4 +136,5 @@ def footprint(model: nn.Module) -> Footprint:
         float_bytes=float_bytes + sum(map(_bytes, outside.values())),
         average_weight_bits=8 * packed / weights if weights else 0.0,
         layers=tuple(reports),
+        attention=dict(Counter(str(spec) for spec in attention.specs_of(model).values())),
     )

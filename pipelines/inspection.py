@@ -49,6 +49,7 @@ class Inspection:
             "bytes_planned": count.planned_bytes,
             "average_weight_bits": count.average_weight_bits,
             "notes": self.notes,
+            "attention": count.attention,
             "layers": [
                 {
                     "name": layer.name,
@@ -74,7 +75,10 @@ class Inspection:
         lines.append(
             f"bits     {count.average_weight_bits:.2f} a weight, scales and zero points included"
         )
-        lines += ["", *_table(count), "", table().summary()]
+        lines += ["", *_table(count), ""]
+        for words, number in count.attention.items():
+            lines.append(f"attention {words}: simulated, {number} sites")
+        lines.append(table().summary())
         lines += [f"note     {name}: {note}" for name, note in self.notes.items()]
         return "\n".join(lines)
 

@@ -51,6 +51,11 @@ def _splits(model: Any) -> dict[str, tuple[int, ...]]:
     return splits
 
 
+def _timed(model: nn.Module) -> tuple[str, ...]:
+    """Return the embedding of the timestep; guidance and pooled text are added after it."""
+    return tuple(n for n in _roles(model) if n.startswith("time_text_embed.timestep_embedder."))
+
+
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     config, like = model.config, model.proj_out.bias
 
@@ -88,6 +93,8 @@ MMDIT: Family = families.add(
         blocks=_blocks,
         splits=_splits,
         sample_inputs=_sample_inputs,
+        timed=_timed,
+        output=lambda model: "proj_out",
         dynamic_inputs=True,
     ),
 )

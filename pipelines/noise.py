@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import CalibrationSpec
+from dq.calibrate import CalibrationSpec, run
 from dq.errors import DQError
 from dq.family import family_of
 
@@ -19,6 +19,8 @@ __all__ = ["NoiseSource"]
 @dataclass(frozen=True)
 class NoiseSource:
     """Makes a bare denoiser run on random inputs at spread timesteps; see `dq.calibrate.Source`.
+
+    Models without a timestep, which predict tokens, run on other random inputs in each step.
 
     What it calls is right in shape and dtype and wrong in distribution: ranges that it finds suit
     measurements of speed, or models whose weights are random as well.
@@ -40,10 +42,11 @@ class NoiseSource:
         size = min(spec.batch, spec.n - batch * spec.batch)
         for step in range(spec.steps):
             inputs = family_of(self.model).sample_inputs(self.model, size, generator)
-            middle = inputs["timestep"]  # samples sit in the middle of the schedule
-            spread = middle * ((2 * step + 1) / spec.steps)
-            arguments = {**inputs, "timestep": spread.to(middle.dtype)}
-            output: Tensor = self.model(**arguments, return_dict=False)[0]
+            if "timestep" in inputs:
+                middle = inputs["timestep"]  # samples sit in the middle of the schedule
+                spread = middle * ((2 * step + 1) / spec.steps)
+                inputs["timestep"] = spread.to(middle.dtype)
+            output = run(self.model, inputs)
         return output.float().cpu()
 
     def images(self, spec: CalibrationSpec, batch: int) -> Tensor:

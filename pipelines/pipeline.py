@@ -220,6 +220,8 @@ class DQPipeline:
         ]
         for path, (layers, weights) in count.paths().items():
             lines.append(f"  compute  {path}: {layers} layers, {weights / 1e6:.1f} M weights")
+        for words, number in count.attention.items():
+            lines.append(f"  compute  attention {words}: simulated, {number} sites")
         for name, note in (self.plan.notes if self.plan else {}).items():
             lines.append(f"  note     {name}: {note}")
         return "\n".join(lines)

@@ -97,6 +97,19 @@ def _prompt(model: Any) -> str:
     return "" if mixed else "encoder_hidden_states"
 
 
+def _timed(model: Any) -> tuple[str, ...]:
+    """Return the time embedding; its projections too, where nothing else is added to it.
+
+    SDXL adds sizes and pooled text, others classes, and distilled models the guidance scale.
+    """
+    config = model.config
+    if config.time_cond_proj_dim is not None:
+        return ()
+    alone = not (config.class_embed_type or config.num_class_embeds or config.addition_embed_type)
+    kinds = ("time_embedding.", *((".time_emb_proj",) if alone else ()))
+    return tuple(n for n in _roles(model) if n.startswith(kinds[0]) or n.endswith(kinds[1:]))
+
+
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     config, like = model.config, model  # codes do not tell the dtype, nor do weights cast by layer
     size = config.sample_size if isinstance(config.sample_size, int) else 64
@@ -133,5 +146,7 @@ UNET: Family = families.add(
         sample_inputs=_sample_inputs,
         prompt=_prompt,
         fed=_fed,
+        timed=_timed,
+        output=lambda model: "conv_out",
     ),
 )

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from dq import DQError, checkpoints
+from dq.calibrate import run
 from dq.family import family_of
 from tests.models import MODELS, ModelCase
 from tests.models.parts import finish
@@ -80,8 +81,7 @@ def forward(model: nn.Module, **overrides: Any) -> torch.Tensor:
     """Returns the output of a denoiser for one fixed random input, float32."""
     inputs = family_of(model).sample_inputs(model, 1, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        output: torch.Tensor = model(**inputs | overrides, return_dict=False)[0]
-    return output.float()
+        return run(model, inputs | overrides).float()
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.calibrate import CalibrationSpec
+from dq.calibrate import CalibrationSpec, run
 from dq.family import family_of
 from tests.models import ModelCase
 
@@ -49,7 +49,7 @@ class Samples:
                 raise KeyboardInterrupt("killed")
             generator = torch.Generator().manual_seed(spec.seed + 10 * batch + call)
             inputs = family_of(self.model).sample_inputs(self.model, 2, generator)
-            output: torch.Tensor = self.model(**inputs, return_dict=False)[0]
+            output = run(self.model, inputs)
         return output
 
 
@@ -79,7 +79,7 @@ class Drawing:
 
     def run(self, spec: CalibrationSpec, batch: int) -> torch.Tensor:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) else output.sample
+            first = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
             self.outputs.append(first.detach().clone())
 
         handle = self.case.network(self.pipe).register_forward_hook(hook)

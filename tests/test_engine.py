@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dq.calibrate import run
 from dq.engine import decide, quantize
 from dq.errors import DQError
 from dq.family import family_of, quantizable
@@ -49,7 +50,7 @@ def network(name: str = "dit64") -> nn.Module:
 @torch.no_grad()
 def output(model: nn.Module) -> torch.Tensor:
     inputs = family_of(model).sample_inputs(model, 1, torch.Generator().manual_seed(5))
-    return model(**inputs, return_dict=False)[0]
+    return run(model, inputs)
 
 
 def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:

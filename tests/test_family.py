@@ -62,7 +62,7 @@ def test_samples_repeat_and_follow_batch_and_seed(model_case, model_pipe) -> Non
         return family.sample_inputs(model, batch, torch.Generator().manual_seed(seed))
 
     first, again, other, wide = sample(1, 0), sample(1, 0), sample(1, 1), sample(3, 0)
-    main = "sample" if "sample" in first else "hidden_states"
+    main = next(n for n in ("sample", "hidden_states", "input_ids") if n in first)
     assert torch.equal(first[main], again[main])
     assert not torch.equal(first[main], other[main])
     assert wide[main].shape == (3, *first[main].shape[1:])

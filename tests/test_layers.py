@@ -12,9 +12,9 @@ LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.tables dq.checkpoints dq.allocation",
     "dq.formats dq.block_formats dq.transform dq.spec dq.blocks dq.quantize dq.scales dq.observers "
     "dq.storage dq.presets dq.rounding dq.kernels",
-    "dq.plan",
+    "dq.plan dq.attention_spec",
     "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.family dq.runtime "
-    "dq.inputs dq.trial dq.moments dq.sensitivity dq.tuning",
+    "dq.full_precision dq.inputs dq.ranges dq.trial dq.moments dq.sensitivity dq.tuning",
     "dq.method dq.engine dq.recipe dq.integration dq.registration",
     "dq.methods dq.export",
     "dq.pipelines dq.eval",

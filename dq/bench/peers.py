@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dq.calibrate import run
 from dq.errors import DQError, unknown
 from dq.family import family_of
 
@@ -80,9 +81,7 @@ class _Positional(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         """Return the output alone."""
-        inputs = dict(zip(self.names, values, strict=True))
-        output: Tensor = self.model(**inputs, return_dict=False)[0]
-        return output
+        return run(self.model, dict(zip(self.names, values, strict=True)))
 
 
 def _openvino(int8: bool) -> Peer:

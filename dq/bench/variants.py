@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,7 +58,8 @@ class Variant:
         """Run one forward call, without gradients as diffusers' pipelines do."""
         with _float32_linears(self.onednn):
             run = self.model if self.run is None else self.run
-            output: Tensor = run(**self.inputs, return_dict=False)[0]
+            answer = run(**self.inputs, **_plain(self.model))
+        output: Tensor = answer[0] if isinstance(answer, tuple) else answer
         if output.is_cuda:
             torch.cuda.synchronize(output.device)  # a GPU answers before it is done
         return output
@@ -70,6 +72,12 @@ class Variant:
             parameter.data = _laid_out(parameter.data, layout)
         inputs = {key: _laid_out(value, layout) for key, value in self.inputs.items()}
         return replace(self, model=model, inputs=inputs, channels_last=channels_last)
+
+
+def _plain(model: nn.Module) -> dict[str, Any]:
+    """Return what makes a denoiser return tensors, where it does not anyway."""
+    known = inspect.signature(model.forward).parameters
+    return {"return_dict": False} if "return_dict" in known else {}
 
 
 def _laid_out(value: Any, layout: torch.memory_format) -> Any:
@@ -168,7 +176,7 @@ def pipelines(
     chosen = repeated(default_prompts(pipes[REFERENCE]), batch)
     seeds = [seed + i for i in range(batch)]
 
-    def drawn(pipe: Any, return_dict: bool) -> tuple[Tensor]:
+    def drawn(pipe: Any, return_dict: bool = False) -> tuple[Tensor]:
         images = draw(pipe, chosen, seeds, steps, batch=batch, output_type="latent")
         return (torch.stack([torch.as_tensor(image) for image in images]),)
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dq.calibrate import Call
+from dq.calibrate import Call, run
 from dq.errors import DQError
+from dq.full_precision import as_float32
 from dq.presets import FLOAT
 from dq.progress import track
 from dq.sensitivity.bits import Bits, Limits, allocate
 from dq.sensitivity.heldout import output_noise, simulated
-from dq.sensitivity.probe import Probe, as_float32
+from dq.sensitivity.probe import Probe
 from dq.sensitivity.table import Table
 
 __all__ = ["Point", "Trial", "front", "random_bits", "uniform_bits"]
@@ -64,7 +65,7 @@ class Trial:
         size = sum(candidates.bytes(layer, *pair) for layer, pair in choice.items())
         with as_float32(model):
             if not self.references:
-                self.references = [model(**c, return_dict=False)[0] for c in self.calls]
+                self.references = [run(model, c) for c in self.calls]
             with simulated(self.probe, choice):
                 real = output_noise(model, self.calls, self.references)
         predicted = self.table.noise(choice)

@@ -48,7 +48,9 @@ class _Prepared:
     """What is kept beside a stored weight.
 
     Attributes:
-        stamp: Tells the contents of the stored tensors from later ones.
+        stamp: Tells the contents of weight and bias from later ones.
+        scales: Numbers of the input affine. By value: that of a step group may be a tensor that
+            lives for one call, and another one at the same address the next.
         affine: Scales of the parts of the input; 1 where they are dynamic.
         bias: float32; zeros if the layer has none.
         zeros: Codes of zero of the weight's rows.
@@ -56,6 +58,7 @@ class _Prepared:
     """
 
     stamp: tuple[object, ...]
+    scales: list[list[float]]
     affine: list[Affine]
     bias: Tensor
     zeros: Tensor
@@ -67,13 +70,21 @@ _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _prepare(a: Arguments) -> _Prepared:
     known: _Prepared | None = _prepared.get(a.weight)
-    stamp = stamp_of(a)
+    stamp = stamp_of(a._replace(input_affine=None))
+    scales = [] if a.input_affine is None else a.input_affine.tolist()
     if known is None or known.stamp != stamp:
         rows = len(a.weight)
         bias = torch.zeros(rows) if a.bias is None else a.bias.detach().float()
         unscaled = [Affine(1.0, 1.0, 1 << (a.input_bits - 1))]  # what dynamic inputs are to oneDNN
         zeros = torch.zeros(rows, dtype=torch.int32)
-        known = _Prepared(stamp, affine_of(a) or unscaled, bias, zeros)
+        known = _Prepared(stamp, scales, affine_of(a) or unscaled, bias, zeros)
+        _prepared[a.weight] = known
+    elif known.scales != scales:
+        affine = affine_of(a)
+        # Layouts depend on whether zero has the code 0, not on which other one it has.
+        same = [e.zero == 0 for e in affine] == [e.zero == 0 for e in known.affine]
+        packed = known.packed if same else {}
+        known = _Prepared(stamp, scales, affine, known.bias, known.zeros, packed)
         _prepared[a.weight] = known
     return known
 

@@ -63,9 +63,9 @@ class OutlierSuppression(FittedChange):
         """Return the error on inputs that the transform was not made of."""
         total = 0.0
         for name, layer in site.layers.items():
-            spec, (_, early, samples) = _quick(site.specs[name], transform), site.input
-            range = observed(layer, samples, spec, transform, early)
-            total += output_error(layer, samples, spec, range, transform)
+            spec, seen = _quick(site.specs[name], transform), site.input
+            range = observed(layer, seen.samples, spec, transform, seen.early)
+            total += output_error(layer, seen.samples, spec, range, transform)
         return total
 
 

@@ -29,7 +29,7 @@ from dq.nn.layers import Layer, input_channels
 from dq.plan import LayerSpec, Plan
 from dq.presets import FLOAT, input_preset, weight_preset
 from dq.recipe import Recipe, Template, templates
-from dq.spec import TensorSpec
+from dq.spec import Granularity, TensorSpec
 
 __all__ = ["PTQ"]
 
@@ -52,8 +52,9 @@ class PTQ(Method):
     Args:
         weights: Format of weights, by name; see `dq.presets`.
         inputs: Format of inputs, or "float" to leave them as they are.
-        dynamic: Where inputs have their scales from: "static" (calibrated, one a tensor), "dynamic"
-            (by token or image, at run time), or "auto": what the model's family prefers.
+        dynamic: Where inputs have their scales from: "static" (calibrated, one a tensor, or one a
+            group of channels), "dynamic" (by token or image, at run time), or "auto": what the
+            model's family prefers; groups are dynamic then.
         wide: Format of the weights of `wide_roles`, and of layers that the groups of `weights` or
             `inputs` do not fit.
         wide_inputs: Format of the inputs of these layers; empty for that of all.
@@ -124,7 +125,12 @@ class PTQ(Method):
                 note = f"has {weight.grid.bits}-bit weights: {error}"
         if low is None:
             return _Decision(LayerSpec(weight), note)
-        return _Decision(LayerSpec(weight, low, () if low.dynamic else split), note)
+        size = low.granularity.size
+        if size and input_channels(layer) % size:
+            low = _ungrouped(low)
+            note = note or f"has no groups of inputs: {size} does not divide its channels"
+        split = split if low.granularity.kind == "tensor" else ()
+        return _Decision(LayerSpec(weight, low, split), note)
 
     def _pairs(self, dynamic: bool) -> tuple[_Pair, _Pair]:
         """Return the formats of most layers, and those of the fragile ones."""
@@ -132,8 +138,17 @@ class PTQ(Method):
         return self._pair(self.weights, self.inputs, dynamic), wide
 
     def _pair(self, weight: str, low: str, dynamic: bool) -> _Pair:
-        spec = None if low == FLOAT else input_preset(low, dynamic, self.input_observer)
+        spec = None
+        if low != FLOAT:
+            static_groups = self.dynamic == "static"
+            spec = input_preset(low, dynamic, self.input_observer, static_groups)
         return _Pair(weight_preset(weight, self.weight_observer), spec)
+
+
+def _ungrouped(spec: TensorSpec) -> TensorSpec:
+    """Return the same format with a scale a token, or a static one."""
+    granularity = Granularity("token" if spec.dynamic else "tensor")
+    return TensorSpec(spec.format, granularity, spec.symmetric, spec.dynamic, spec.observer)
 
 
 def _build(found: re.Match[str]) -> Recipe:
@@ -162,7 +177,7 @@ templates.add(
     Template(
         rf"w(?P<weight>[2-8])a(?P<input>[2-8]|16){_NAME_END}",
         "any X of 2 to 8, Y of 2 to 8 or 16; -g64 sets the group, -static or -dynamic the inputs, "
-        "-gptq or -adaround the rounding",
+        "-gptq, -adaround or -signround the rounding",
         _build,
     ),
 )

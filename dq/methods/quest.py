@@ -2,7 +2,8 @@
 
 The few layers that matter most learn to make up for what quantization does, with the network in
 full precision for a teacher: `dq.tuning.distill` has the loss. The scales of inputs learn with
-them, and unlike in the paper those of all weights, a number an output channel.
+them, and unlike in the paper those of all weights, a number an output channel. Recipes by name are
+in `dq.methods.quest_recipes`.
 """
 
 from __future__ import annotations
@@ -10,35 +11,35 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
-from dq.calibrate import Calibration, CalibrationSpec, Call
+from dq.calibrate import Calibration, Call
 from dq.errors import DQError, unknown
 from dq.family import Role, check_roles
+from dq.full_precision import as_float32, floated
 from dq.method import Job, Method, methods
-from dq.methods.adaround import AdaRound
-from dq.methods.bos import BOS
-from dq.methods.gptq import GPTQ
-from dq.methods.ptq import PTQ
-from dq.nn import Quantizer, QuantLayer, exchanged, plain_layers
+from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight, LowRankWeight
-from dq.plan import Plan
-from dq.recipe import Recipe, Template, templates
 from dq.rounding.cells import within_cells
 from dq.tuning.align import align
-from dq.tuning.distill import Distillation
+from dq.tuning.distill import Distance, Distillation
 from dq.tuning.loop import Group, Schedule, tune
 from dq.tuning.samples import Samples
-from dq.work import Work
+from dq.tuning.topkld import topkld
 
 __all__ = ["QuEST"]
 
 logger = logging.getLogger(__name__)
 
-_TEMPORAL = ("keep", "quantize", "align")
+_COMPUTE = ("float32", "bfloat16")
+_LOSSES = ("mse", "topkld")
 _CRITICAL = (Role.FEED_FORWARD, Role.SELF_ATTENTION, Role.CROSS_ATTENTION, Role.CROSS_KV)
 _ALIGNING = 200  # steps of each layer of time, before it learns with the others
 
@@ -49,11 +50,9 @@ class QuEST(Method):
     """Learn the weights that matter most, and scales.
 
     Args:
-        temporal: What becomes of the layers that see the timestep: "keep" leaves them in floating
-            point, "quantize" as the steps before have decided, "align" lets them learn, first
-            alone, then with the others.
         critical: Roles whose weights and biases are learned; those that the model lacks are left
             out, but not all of them.
+        time: Whether the quantized layers of time learn too, first alone, then with the others.
         steps: Of the optimizer.
         batch: Samples of a step, an image at a timestep each.
         accumulate: Parts that a step is worked on in.
@@ -62,12 +61,19 @@ class QuEST(Method):
         weight_scale_rate: Of those of the weights of all quantized layers; 0 leaves them.
         local_weight: Of the critical layers' own losses.
         global_weight: Of the loss of the network's output.
+        loss: Of the output: "mse", or "topkld" for models that predict tokens, experimental; see
+            `dq.tuning.topkld`.
+        top_tokens: How many tokens count as likely ones there.
+        compute: "float32" casts the model to it for the time being; "bfloat16" leaves it in its
+            dtype, under autocast, for models too large for that. Noise of bfloat16 is above that of
+            W4A8 on small models.
+        checkpointing: Whether activations are computed again instead of kept, for less memory.
         rank: 0 learns every weight of a layer; else a product of this rank, merged at the end.
         held_out: Images by which the best state is chosen.
     """
 
-    temporal: str = "keep"
     critical: tuple[str, ...] = _CRITICAL
+    time: bool = False
     steps: int = 500
     batch: int = 8
     accumulate: int = 1
@@ -76,50 +82,47 @@ class QuEST(Method):
     weight_scale_rate: float = 1e-3
     local_weight: float = 1.0
     global_weight: float = 2.0
+    loss: str = "mse"
+    top_tokens: int = 64
+    compute: str = "float32"
+    checkpointing: bool = False
     rank: int = 0
     held_out: int = 6
 
     def __post_init__(self) -> None:
-        if self.temporal not in _TEMPORAL:
-            raise unknown("value of temporal", self.temporal, _TEMPORAL)
+        for name, known in (("compute", _COMPUTE), ("loss", _LOSSES)):
+            if getattr(self, name) not in known:
+                raise unknown(f"value of {name}", getattr(self, name), known)
         check_roles(self.critical)
         Schedule(self.steps, self.batch, self.accumulate)
         for name in ("drift", "scale_rate", "weight_scale_rate", "local_weight", "global_weight"):
             if getattr(self, name) < 0:
                 raise DQError(f"{name} is 0 or more, not {getattr(self, name)}")
-        if self.rank < 0 or self.held_out < 1:
-            raise DQError("rank is 0 or more, held_out 1 or more")
+        if self.rank < 0 or self.held_out < 1 or self.top_tokens < 1:
+            raise DQError("rank is 0 or more, held_out and top_tokens 1 or more")
 
     def observe(self, job: Job) -> None:
-        """Draw the images to learn from, and those to choose by, in full precision."""
-        with exchanged(job.model, plain_layers(job.model)):
-            for calibration in (job.calibration, self._others(job)):
-                for _ in calibration.batches():
-                    pass
-
-    def decide(self, job: Job) -> Plan:
-        """Leave the plan as it is, but for the layers of time; see `Method.decide`."""
-        if self.temporal != "keep":
-            return job.plan
-        roles = job.family.roles(job.model)
-        time = [name for name in job.plan.layers if roles[name] is Role.TIME]
-        layers = {name: spec for name, spec in job.plan.layers.items() if name not in time}
-        notes = dict.fromkeys(time, "stays float: temporal is keep")
-        return dataclasses.replace(job.plan, layers=layers, notes={**job.plan.notes, **notes})
+        """Draw the images to learn from, and those to choose by."""
+        for calibration in (job.calibration, self._others(job)):
+            for _ in calibration.batches():
+                pass
 
     def tune(self, job: Job) -> None:
         """Learn from captured calls to do what full precision does; see `Method.tune`."""
         learns = [p for p in job.model.parameters() if p.requires_grad]
-        try:
+        with ExitStack() as stack:
             for parameter in learns:
                 parameter.requires_grad_(False)
+                stack.callback(parameter.requires_grad_, True)
+            if self.compute == "float32":
+                stack.enter_context(as_float32(job.model))
+            if self.checkpointing:
+                stack.enter_context(_checkpointing(job.model))
             self._tune(job)
-        finally:
-            for parameter in learns:
-                parameter.requires_grad_(True)
 
     def _tune(self, job: Job) -> None:
-        samples = _samples(job.calibration)
+        distance = self._distance(job)  # says it first if there is none
+        samples = self._samples(job.calibration)
         chosen = self._chosen(job)
         groups: dict[str, list[Group]] = {}
 
@@ -136,14 +139,15 @@ class QuEST(Method):
         for name in chosen:
             if name not in groups:
                 learn(name)
-        _report(job.model, groups)
+        share = _report(job.model, groups)
         everything = [group for mine in groups.values() for group in mine]
         everything += self._scales(job.model)
+        dtype = torch.bfloat16 if self.compute == "bfloat16" else None
         found = tune(
             everything,
-            Distillation(job.model, chosen, self.local_weight, self.global_weight),
+            Distillation(job.model, chosen, self.local_weight, self.global_weight, distance, dtype),
             samples,
-            _samples(self._others(job)),
+            self._samples(self._others(job)),
             Schedule(self.steps, self.batch, self.accumulate, job.calibration.spec.seed),
             job.calibration.work,
             job.calibration.stage("quest"),
@@ -151,23 +155,45 @@ class QuEST(Method):
         for module in job.model.modules():
             if isinstance(module, Quantizer):
                 module.settle()
-        logger.info(
-            "quest: loss on held-out images %.4g, %.4g before; from step %d of %d",
-            found.best, found.start, found.step, self.steps,
-        )  # fmt: skip
+        said = (
+            f"loss on held-out images {found.best:.4g}, {found.start:.4g} before; from step "
+            f"{found.step} of {self.steps}"
+        )
+        logger.info("quest: %s", said)
+        notes = {**job.plan.notes, "quest": f"{share}; {said}"}
+        job.plan = dataclasses.replace(job.plan, notes=notes)
+
+    def _distance(self, job: Job) -> Distance:
+        """Return the distance between two outputs."""
+        if self.loss == "mse":
+            return F.mse_loss
+        axis = job.family.logits_axis
+        if axis is None:
+            raise DQError(
+                f"loss is topkld, which compares logits over tokens, and a "
+                f"{type(job.model).__name__} has none: use mse"
+            )
+        return lambda student, teacher: topkld(
+            teacher.movedim(axis, -1), student.movedim(axis, -1), self.top_tokens
+        )
+
+    def _samples(self, calibration: Calibration) -> Samples:
+        calls: list[Call] = [call for batch in calibration.batches() for call in batch]
+        if self.compute == "float32":
+            calls = [floated(call) for call in calls]
+        arguments = inspect.signature(calibration.model.forward).parameters
+        return Samples(calls, noisy=next(iter(arguments)))
 
     def _others(self, job: Job) -> Calibration:
         own = job.calibration
         if own.source is None:
             return own  # which will say that it needs data
-        spec = own.source.held_out(own.spec, self.held_out)
-        work = Work(None if own.work.folder is None else own.work.folder / "held-out")
-        return Calibration(own.model, own.source, spec, work)
+        return own.beside(own.source.held_out(own.spec, self.held_out))
 
     def _chosen(self, job: Job) -> list[str]:
         """Return the layers that learn, in the model's order."""
         roles = job.family.roles(job.model)
-        wanted = {*self.critical, *((Role.TIME,) if self.temporal == "align" else ())}
+        wanted = {*self.critical, *((Role.TIME,) if self.time else ())}
         layers = [name for name, m in job.model.named_modules() if isinstance(m, QuantLayer)]
         chosen = [name for name in layers if roles[name] in wanted]
         if wanted and not chosen:
@@ -211,53 +237,24 @@ class QuEST(Method):
         return groups
 
 
-def _samples(calibration: Calibration) -> Samples:
-    calls: list[Call] = [call for batch in calibration.batches() for call in batch]
-    arguments = inspect.signature(calibration.model.forward).parameters
-    return Samples(calls, noisy=next(iter(arguments)))
+@contextmanager
+def _checkpointing(model: Any) -> Iterator[None]:
+    """Let a model compute activations again instead of keeping them, for a while."""
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise DQError(f"{type(model).__name__} has no gradient checkpointing; set it to false")
+    before = model.is_gradient_checkpointing
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if not before:
+            model.disable_gradient_checkpointing()
 
 
-def _report(model: nn.Module, groups: dict[str, list[Group]]) -> None:
+def _report(model: nn.Module, groups: dict[str, list[Group]]) -> str:
+    """Say what learns; return the share."""
     learned = sum(p.numel() for mine in groups.values() for g in mine for p in g.parameters)
     total = sum(p.numel() for name, p in model.named_parameters() if ".latent" not in name)
-    logger.info(
-        "quest: %.1f %% of %d weights learn, of %s", 100 * learned / total, total, ", ".join(groups)
-    )
-
-
-_WIDE = (Role.IO, Role.TIME, Role.MODULATION)
-_CALIBRATION = CalibrationSpec(n=64, steps=16)
-
-
-def _build(found: re.Match[str]) -> Recipe:
-    weight, low = found["weight"], found["input"]
-    if low == "4":  # groups of an input have scales of their own, so that outliers stay among them
-        ptq = PTQ(f"int{weight}", "int4-g32", wide_inputs="int8", wide_roles=_WIDE)
-    else:
-        ptq = PTQ(f"int{weight}", f"int{low}", wide_roles=_WIDE)
-    rounded = (GPTQ(),) if int(weight) <= GPTQ.widest else ()
-    return Recipe(found[0], (ptq, BOS(), *rounded, QuEST()), _CALIBRATION)
-
-
-def _paper(found: re.Match[str]) -> Recipe:
-    ptq = PTQ("int4-g0", "int8", "static", wide_roles=(Role.IO,))
-    quest = QuEST(temporal="align", weight_scale_rate=0.0)
-    return Recipe(found[0], (ptq, AdaRound(), quest), _CALIBRATION)
-
-
-for _name, _help in {
-    "quest-w4a8": "w4a8 with GPTQ, then attention, feed-forwards and scales are finetuned",
-    "quest-w8a8": "the same of w8a8",
-    "quest-w4a4": "the same of w4a4, inputs in groups of 32; experimental",
-}.items():
-    _weight, _input = re.findall(r"\d", _name)
-    _pattern = rf"quest-w(?P<weight>{_weight})a(?P<input>{_input})"
-    templates.add(_name, Template(_pattern, _help, _build))
-templates.add(
-    "quest-paper",
-    Template(
-        "quest-paper",
-        "in the form of Wang et al. 2024: AdaRound by channel, one static scale an input",
-        _paper,
-    ),
-)
+    share = f"{100 * learned / total:.1f} % of {total} weights learn"
+    logger.info("quest: %s, of %s", share, ", ".join(groups))
+    return share

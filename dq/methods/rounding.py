@@ -51,17 +51,6 @@ class Rounding(Method, ABC):
     def codes(self, weight: Tensor, scales: Scales, spec: TensorSpec, moment: Tensor) -> Tensor:
         """Return `(N, K)` uint8 codes; see `dq.rounding`."""
 
-    def observe(self, job: Job) -> None:
-        """Draw the calibration's images while the denoiser is still in full precision.
-
-        Raises:
-            DQError: If no weight is narrow enough to be rounded.
-        """
-        self._check(job.plan)
-        if job.calibration.source is not None:
-            for _ in job.calibration.batches():
-                pass
-
     def decide(self, job: Job) -> Plan:
         """Leave the plan as it is.
 

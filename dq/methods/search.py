@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dq.calibrate import InputRange
 from dq.errors import DQError, inside
 from dq.family import quantizable
 from dq.formats import FloatFormat
@@ -33,6 +32,7 @@ from dq.plan import LayerSpec, Plan
 from dq.presets import FLOAT
 from dq.progress import track
 from dq.quantize import choose_scales, fake_quantize
+from dq.ranges import InputRange
 from dq.recipe import Recipe, Template, templates
 from dq.scales import Scales
 from dq.spec import TensorSpec

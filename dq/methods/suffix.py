@@ -11,6 +11,8 @@ from dq.methods.gptq import GPTQ
 from dq.methods.hadamard import Hadamard
 from dq.methods.outliers import OutlierSuppression
 from dq.methods.preshift import PreShift
+from dq.methods.salience import Salience
+from dq.methods.signround import SignRound
 from dq.methods.smoothquant import SmoothQuant
 from dq.methods.unsigned import Unsigned
 
@@ -18,13 +20,19 @@ __all__ = ["ROUNDING", "SUFFIX", "changes", "rounding"]
 
 _CHANGES: Mapping[str, tuple[Method, ...]] = {
     "smooth": (SmoothQuant(),),
+    "salience": (Salience(),),
     "outliers": (OutlierSuppression(),),
     "hadamard": (Hadamard(),),
     "preshift": (PreShift(),),
     "unsigned": (Unsigned(),),
 }
 
-_STEPS: Mapping[str, tuple[Method, ...]] = {"rtn": (), "gptq": (GPTQ(),), "adaround": (AdaRound(),)}
+_STEPS: Mapping[str, tuple[Method, ...]] = {
+    "rtn": (),
+    "gptq": (GPTQ(),),
+    "adaround": (AdaRound(),),
+    "signround": (SignRound(),),
+}
 ROUNDING = rf"(-(?P<rounding>{'|'.join(_STEPS)}))?"
 SUFFIX = rf"(-(?P<change>{'|'.join(_CHANGES)}))?" + ROUNDING
 
@@ -39,6 +47,6 @@ def rounding(found: re.Match[str], default: str) -> tuple[Method, ...]:
 
     Args:
         found: A match with `ROUNDING` in its pattern.
-        default: "rtn", "gptq" or "adaround".
+        default: "rtn", "gptq", "adaround" or "signround".
     """
     return _STEPS[found["rounding"] or default]

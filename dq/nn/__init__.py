@@ -1,7 +1,8 @@
 """Quantized layers: simulated ones to calibrate and tune, packed ones to store and run."""
 
 from dq.nn.layers import describe, matrix_shape
-from dq.nn.packed import PackedConv2d, PackedLayer, PackedLinear
+from dq.nn.packed import PackedConv2d, PackedLinear
+from dq.nn.packed_layer import PackedLayer
 from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantConv2d, QuantLayer, QuantLinear
 from dq.nn.swap import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.nn.packed import PackedLayer
+from dq.nn.packed_layer import PackedLayer
 from dq.plan import Plan
 from dq.transform import Transform
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
+from dq.nn.steps import Steps
+from dq.nn.stepwise import scales_now
 from dq.quantize import choose_scales, fake_quantize
 from dq.scales import Scales, scales_of_range
 from dq.spec import TensorSpec
@@ -18,12 +20,16 @@ class Quantizer(nn.Module):
 
     Args:
         spec: How. Dynamic specs need nothing more; others need `fit` or `set_range` first.
+
+    Attributes:
+        steps: Knows the timestep, where the spec has step groups.
     """
 
     scale: Tensor | None
     zero: Tensor | None
     multiplier: Tensor | None
     gain: nn.Parameter | None
+    steps: Steps | None = None
 
     def __init__(self, spec: TensorSpec) -> None:
         super().__init__()
@@ -37,8 +43,20 @@ class Quantizer(nn.Module):
         self.set_scales(choose_scales(x.detach(), self.spec))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take over an observed range, two tensors of one element, for one scale."""
-        self.set_scales(scales_of_range(low.view(1, 1), high.view(1, 1), self.spec))
+        """Take over observed ranges of an input.
+
+        Args:
+            low: `(S, G)` float32, of S step groups and G groups of channels, which are one each
+                where there are none; or a single element.
+            high: Likewise.
+        """
+        low, high = (end if end.dim() == 2 else end.view(1, 1) for end in (low, high))
+        self.set_scales(scales_of_range(low, high, self.spec))
+
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether it has to know the timestep."""
+        return bool(self.spec.step_groups)
 
     def set_scales(self, scales: Scales) -> None:
         """Take over scales that were chosen before."""
@@ -73,4 +91,7 @@ class Quantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized and dequantized `(R, K)` matrix, float32."""
         scales = choose_scales(x.detach(), self.spec) if self.spec.dynamic else self.scales
-        return fake_quantize(x, scales, self.spec)
+        if not self.spec.step_groups:
+            return fake_quantize(x, scales, self.spec)
+        assert self.steps is not None  # given by `dq.nn.steps.watch` when the layer was installed
+        return fake_quantize(x, *scales_now(scales, self.spec, self.steps, len(x)))

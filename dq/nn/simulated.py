@@ -13,13 +13,23 @@ from dq.nn.changed import changed_bias, conv_groups, convolved, entered
 from dq.nn.kept import apart
 from dq.nn.layers import Layer, constructor, input_channels
 from dq.nn.quantizer import Quantizer
+from dq.nn.steps import Steps
+from dq.nn.stepwise import stepwise
 from dq.plan import LayerSpec
 from dq.quantize import dequantize
 from dq.scales import Scales
 from dq.spec import TensorSpec
 from dq.transform import NO_TRANSFORM, Transform
 
-__all__ = ["QuantConv2d", "QuantLayer", "QuantLinear", "fake_input", "segments", "simulate"]
+__all__ = [
+    "QuantConv2d",
+    "QuantLayer",
+    "QuantLinear",
+    "fake_input",
+    "segments",
+    "sharing",
+    "simulate",
+]
 
 
 def segments(layer: Layer, spec: LayerSpec) -> tuple[int, ...]:
@@ -32,6 +42,13 @@ def segments(layer: Layer, spec: LayerSpec) -> tuple[int, ...]:
     if spec.input_splits and sum(spec.input_splits) != channels:
         raise DQError(f"input splits {spec.input_splits} do not sum to its {channels} channels")
     return spec.input_splits or (channels,)
+
+
+def sharing(x: Tensor, spec: TensorSpec, axis: int) -> Tensor:
+    """Return a static input as `(G, n)`: the elements of a row share a scale."""
+    if spec.granularity.kind != "group":
+        return x.reshape(1, -1)
+    return x.movedim(axis, 0).reshape(x.shape[axis] // spec.granularity.size, -1)
 
 
 def fake_input(
@@ -64,6 +81,10 @@ class QuantLayer:
         latent: Gives the matrix that is quantized, where it is learned; see `dq.nn.latent`.
         latent_bias: `(N,)`, the bias that is learned with it, of the changed input.
         transform: How input and weight are changed before; changes nothing by default.
+        table: `(T, N)` float32, outputs at the timesteps of the spec, or None.
+        output_affine: `(G, 2, N)` float32, scale and shift of the output in each of its step
+            groups, or None.
+        steps: Knows the timestep, where something depends on it.
     """
 
     spec: LayerSpec
@@ -76,7 +97,15 @@ class QuantLayer:
     latent: nn.Module | None
     latent_bias: nn.Parameter | None
     transform: Transform = NO_TRANSFORM
+    table: Tensor | None = None
+    output_affine: Tensor | None = None
+    steps: Steps | None = None
     axis: int  # of the channels
+
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether it has to know the timestep."""
+        return self.spec.depends_on_step
 
     def _take(
         self, layer: Layer, spec: LayerSpec, scales: Scales | None, transform: Transform
@@ -104,14 +133,28 @@ class QuantLayer:
         """Take over what calibration has found out about the input.
 
         Args:
-            low: `(S,)` float32, the smallest value of each segment.
-            high: `(S,)` float32, the largest.
+            low: `(S,)` float32, the smallest value of each segment or group of channels; a row of
+                these for each step group, if there are any.
+            high: Likewise, the largest.
             kept: `(K,)` float32, the token that is computed apart.
         """
-        for index, quantizer in enumerate(self.input_quantizers):
+        count = len(self.input_quantizers)
+        ends = (end.reshape(-1, end.shape[-1]).chunk(count, 1) for end in (low, high))
+        for quantizer, mine in zip(self.input_quantizers, zip(*ends, strict=True), strict=True):
             assert isinstance(quantizer, Quantizer)  # the list holds nothing else
-            quantizer.set_range(low[index], high[index])
+            quantizer.set_range(*mine)
         self.kept_input = kept
+
+    def take_over(self, before: QuantLayer) -> None:
+        """Keep what does not depend on how weight and input are quantized.
+
+        Args:
+            before: The layer that this one replaces.
+        """
+        if before.spec.tabled == self.spec.tabled:
+            self.table = before.table
+        if before.spec.output_groups == self.spec.output_groups:
+            self.output_affine = before.output_affine
 
     def matrix(self) -> Tensor:
         """Return the weight `(N, K)` that is quantized, floating point."""
@@ -144,6 +187,14 @@ class QuantLayer:
             x = fake_input(x, self.input_quantizers, self.sizes, self.axis, self.spec.input)
         return x
 
+    def product(self, x: Tensor) -> Tensor:
+        """Return the output, before what depends on the timestep."""
+        raise AssertionError("each layer class has its own")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., in)` to `(..., out)`, or `(B, in, H, W)` to `(B, out, H', W')`."""
+        return stepwise(self, x, self.product)
+
 
 class QuantLinear(QuantLayer, nn.Linear):
     """A linear layer with simulated quantization."""
@@ -160,8 +211,8 @@ class QuantLinear(QuantLayer, nn.Linear):
         nn.Linear.__init__(self, **constructor(layer))
         self._take(layer, spec, scales, transform)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(..., in)` to `(..., out)`."""
+    def product(self, x: Tensor) -> Tensor:
+        """See `QuantLayer.product`."""
         operand, weight = self.operand(x), self.rounded_weight().to(x.dtype)
         y = nn.functional.linear(operand, weight, self.changed_bias())
         every, known = self.spec.kept_every, self.kept_input
@@ -186,8 +237,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         nn.Conv2d.__init__(self, **constructor(layer))
         self._take(layer, spec, scales, transform)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(B, in, H, W)` to `(B, out, H', W')`."""
+    def product(self, x: Tensor) -> Tensor:
+        """See `QuantLayer.product`."""
         weight = self.rounded_weight().to(x.dtype)
         return convolved(self, self.operand(x), weight, self.changed_bias())
 

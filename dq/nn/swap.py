@@ -14,6 +14,7 @@ from dq.family import quantizable
 from dq.nn.layers import Layer, constructor, describe
 from dq.nn.packed import PackedConv2d, PackedLinear, packed
 from dq.nn.simulated import QuantLayer, simulate
+from dq.nn.steps import watch
 from dq.plan import LayerSpec, Plan
 from dq.progress import track
 from dq.scales import Scales
@@ -84,14 +85,19 @@ def install(
     """
     done = []
     for name, layer, spec in track(_planned(model, plan), "choosing scales"):
-        if isinstance(layer, QuantLayer) and layer.spec == spec:
-            continue  # an earlier step of the recipe has installed, perhaps tuned it
+        if isinstance(layer, QuantLayer) and layer.spec.core == spec.core:
+            layer.spec = spec  # an earlier step of the recipe has installed, perhaps tuned it
+            continue
         with inside(describe(name, layer)):
             changed = (transforms or {}).get(name, NO_TRANSFORM)
-            done.append((name, simulate(layer, spec, (scales or {}).get(name), changed)))
+            made = simulate(layer, spec, (scales or {}).get(name), changed)
+        if isinstance(layer, QuantLayer):
+            made.take_over(layer)
+        done.append((name, made))
     uninstall(model, keep=plan.layers)
     for name, layer in done:
         replace(model, name, layer)
+    watch(model)
 
 
 def uninstall(model: nn.Module, keep: Container[str] = ()) -> None:
@@ -99,6 +105,7 @@ def uninstall(model: nn.Module, keep: Container[str] = ()) -> None:
     for name, layer in plain_layers(model).items():
         if name not in keep:
             replace(model, name, layer)
+    watch(model)
 
 
 def plain_layers(model: nn.Module) -> dict[str, Layer]:

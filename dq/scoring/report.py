@@ -15,6 +15,7 @@ from dq.tables import aligned, cells
 __all__ = ["FULL", "Candidate", "Report", "number"]
 
 FULL = "full precision"
+_FLOAT = "float"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Candidate:
         bytes_on_disk: Its weight files; None for a recipe, which has none.
         average_weight_bits: Scales included; 16 or 32 if it is not quantized.
         compute_paths: Number of layers by what they compute on.
+        attention: How the operands of attention are quantized, in words; "float" if they are not.
         peak_megabytes: The denoiser with its copies, and what drawing a batch takes for a while;
             1e6 bytes, None if the system does not tell.
         seconds_per_image: Median over the batches, text encoder and decoder included.
@@ -41,6 +43,7 @@ class Candidate:
     bytes_on_disk: int | None
     average_weight_bits: float
     compute_paths: Mapping[str, int]
+    attention: str
     peak_megabytes: float | None
     seconds_per_image: float
     full_seconds_per_image: float
@@ -97,6 +100,10 @@ class Report:
             size = each.stored_bytes if each.bytes_on_disk is None else each.bytes_on_disk
             bits = f"{each.average_weight_bits:.2f}"
             rows.append({"": each.name, "bits": bits, "MB": f"{size / 1e6:.2f}"})
+        if any(each.attention != _FLOAT for each in self.candidates):
+            said = [_FLOAT, *(each.attention for each in self.candidates)]
+            for row, words in zip(rows, said, strict=True):
+                row["attention"] = words
         self._add_scores(rows, reference=False)
         times = [self.candidates[0].full_seconds_per_image]
         times += [each.seconds_per_image for each in self.candidates]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import Call
+from dq.calibrate import Call, run
 from dq.sensitivity.probe import Noise, Probe
 from dq.sensitivity.shares import shared
 from dq.work import Work
@@ -76,7 +76,7 @@ class _Estimate:
 
     def _add(self, call: Call, generator: torch.Generator) -> None:
         with self._listening(), torch.enable_grad():
-            y = self.probe.model(**call, return_dict=False)[0]
+            y = run(self.probe.model, call)
             v = torch.randn(y.shape, generator=generator).to(y)
             (y * v).sum().backward()
         self.sums[_POWER] += float(y.detach().double().square().sum())

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import CalibrationSpec, Call, Source
+from dq.calibrate import CalibrationSpec, Call, Source, run
 from dq.distance import sqnr
 from dq.nn import QuantLayer, install, uninstall
 from dq.presets import FLOAT
@@ -58,7 +58,7 @@ def output_noise(model: nn.Module, calls: Sequence[Call], references: Sequence[T
     """
     noise = power = 0.0
     for call, reference in zip(calls, references, strict=True):
-        y = model(**call, return_dict=False)[0]
+        y = run(model, call)
         noise += float((y - reference).double().square().sum())
         power += float(reference.double().square().sum())
     return noise / power

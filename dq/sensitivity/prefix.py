@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dq.calibrate import run
 from dq.family import quantizable
 
 __all__ = ["Prefix", "stages"]
@@ -94,8 +95,7 @@ class Prefix:
 
     def _run(self, arguments: Mapping[str, Any]) -> Tensor:
         self._calls = {}
-        output: Tensor = self.model(**arguments, return_dict=False)[0]
-        return output
+        return run(self.model, dict(arguments))
 
     def rerun(self, arguments: Mapping[str, Any], layer: str) -> Tensor:
         """Run what begins with `layer`; only valid within `remembered`.

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from dq.calibrate import Call, InputRange, InputRanges
+from dq.calibrate import Call
 from dq.errors import inside
 from dq.nn import QuantConv2d, QuantLinear
 from dq.nn.layers import Layer
 from dq.quantize import choose_scales
+from dq.ranges import InputRange, InputRanges
 from dq.scales import Scales
 from dq.sensitivity.candidates import Candidates
 from dq.sensitivity.table import Row, Table
 from dq.sensitivity.trace import Trace
 from dq.sensitivity.variants import input_alone, weight_alone
 
-__all__ = ["Noise", "Probe", "as_float32", "fill", "tabulate"]
+__all__ = ["Noise", "Probe", "fill", "tabulate"]
 
 Noise = dict[str, float]  # by "w:FORMAT" and "a:FORMAT"
 
@@ -101,21 +101,6 @@ class Probe:
 
     def _known(self, layer: str, input: str) -> InputRange | None:
         return self.ranges.get(input, {}).get(layer)
-
-
-@contextmanager
-def as_float32(model: nn.Module) -> Iterator[None]:
-    """While active, the model computes in float32: small noise would drown in that of bfloat16."""
-    tensors = [*model.parameters(), *model.buffers()]
-    before = [tensor.data for tensor in tensors]
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in zip(tensors, before, strict=True):
-            tensor.data = data
 
 
 def fill(measured: Noise, estimated: Noise) -> Noise:

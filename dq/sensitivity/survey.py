@@ -6,19 +6,16 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from dq.calibrate import Calibration, Call
 from dq.errors import DQError, unknown
 from dq.folders import cache_folder
+from dq.full_precision import as_float32, floated
 from dq.sensitivity.candidates import Candidates
 from dq.sensitivity.content import with_content
 from dq.sensitivity.gradient import estimate
 from dq.sensitivity.measure import measure
-from dq.sensitivity.probe import Noise, Probe, as_float32, tabulate
+from dq.sensitivity.probe import Noise, Probe, tabulate
 from dq.sensitivity.table import Table
 from dq.sensitivity.trace import trace
 from dq.work import Work, fingerprint
@@ -161,7 +158,9 @@ def sample(calibration: Calibration, settings: Settings, first: int = 0) -> list
     """
     batches = itertools.islice(calibration.batches(), first, first + settings.batches)
     return [
-        _float32(call, calibration) for batch in batches for call in _spread(batch, settings.steps)
+        floated(call, calibration.device)
+        for batch in batches
+        for call in _spread(batch, settings.steps)
     ]
 
 
@@ -169,12 +168,3 @@ def _spread(calls: Sequence[Call], count: int) -> list[Call]:
     """Return so many of a trajectory's calls, from the middle of equal parts of it."""
     count = min(count, len(calls))
     return [calls[(2 * part + 1) * len(calls) // (2 * count)] for part in range(count)]
-
-
-def _float32(value: Any, calibration: Calibration) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _float32(v, calibration) for k, v in value.items()}
-    if isinstance(value, Tensor):
-        device = next(calibration.model.parameters()).device
-        return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
-    return value

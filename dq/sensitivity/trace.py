@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dq.calibrate import run
 from dq.family import quantizable
 from dq.nn import matrix_shape
 
@@ -69,7 +70,7 @@ def trace(model: nn.Module, arguments: Mapping[str, Any]) -> Trace:
     handles = [m.register_forward_pre_hook(partial(begin, n)) for n, m in model.named_modules()]
     handles += [m.register_forward_hook(partial(end, n)) for n, m in layers.items()]
     try:
-        model(**arguments, return_dict=False)
+        run(model, dict(arguments))
     finally:
         for handle in handles:
             handle.remove()

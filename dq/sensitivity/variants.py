@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import InputRange
 from dq.nn.layers import Layer
 from dq.nn.simulated import QuantConv2d, QuantLinear, simulate
 from dq.plan import LayerSpec
+from dq.ranges import InputRange
 from dq.scales import Scales
 
 __all__ = ["input_alone", "weight_alone"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dq.calibrate import Call, run, tap_inputs, tap_outputs
-from dq.nn import exchanged, plain_layers
+from dq.full_precision import full_precision
 from dq.progress import track
 from dq.tuning.loop import Group, Schedule, tune
 from dq.tuning.samples import Samples
@@ -40,7 +40,7 @@ def align(
     """
     targets: dict[str, Tensor] = {}
     modules = {name: model.get_submodule(name) for name in layers}
-    with torch.no_grad(), exchanged(model, plain_layers(model)):
+    with torch.no_grad(), full_precision(model):
         plain = {name: model.get_submodule(name) for name in layers}
         with tap_outputs(plain, targets.__setitem__):  # in the order of running
             run(model, batch)

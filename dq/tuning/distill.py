@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dq.calibrate import Call, run, tap_outputs
-from dq.nn import exchanged, plain_layers
+from dq.full_precision import full_precision
+from dq.nn import plain_layers
 
-__all__ = ["Distillation"]
+__all__ = ["Distance", "Distillation"]
+
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class Distillation:
@@ -28,6 +31,9 @@ class Distillation:
         layers: Names of those that have a local term.
         local_weight: Of their sum.
         global_weight: Of the output's term.
+        distance: Of two outputs, student's and teacher's, both float32.
+        autocast: Dtype of the student's products; None for that of its tensors. The teacher is
+            exact in any case: what it says wrongly cannot be unlearned.
     """
 
     def __init__(
@@ -36,17 +42,22 @@ class Distillation:
         layers: Sequence[str],
         local_weight: float,
         global_weight: float,
+        distance: Distance = F.mse_loss,
+        autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.layers = tuple(layers)
         self.local_weight, self.global_weight = local_weight, global_weight
+        self.distance, self.autocast = distance, autocast
         self._plain = plain_layers(model)
 
     def __call__(self, call: Call) -> Tensor:
         """Return the loss of one batch, a float32 scalar."""
         wanted, expected = self.teacher(call)
-        output, found = self._run(call)
-        total = self.global_weight * F.mse_loss(output.float(), wanted.float())
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            output, found = self._run(call)
+        total = self.global_weight * self.distance(output.float(), wanted.float())
         if self.local_weight and self.layers:
             terms = [F.mse_loss(found[n].float(), expected[n].float()) for n in self.layers]
             total = total + self.local_weight * torch.stack(terms).sum()
@@ -54,7 +65,7 @@ class Distillation:
 
     def teacher(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the output in full precision, and those of the layers with local terms."""
-        with torch.no_grad(), exchanged(self.model, self._plain):
+        with torch.no_grad(), full_precision(self.model, self._plain):
             return self._run(call)
 
     def _run(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,7 +12,8 @@ from dq.cli import app
 from dq.errors import DQError
 from dq.export import Exporter, check, export, exporters
 from dq.nn import packed_layers
-from dq.nn.packed import PackedLayer, packed
+from dq.nn.packed import packed
+from dq.nn.packed_layer import PackedLayer
 from dq.nn.simulated import simulate
 from dq.nn.swap import replace
 from dq.pipelines.pipeline import load_denoiser

@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from dq import DQConfig, DQPipeline
+from dq.calibrate import run
 from dq.family import family_of, quantizable
 from dq.nn import packed_layers
 from dq.pipelines.footprint import footprint
@@ -232,4 +233,4 @@ def _add_adapter(model: Any) -> Callable[[], Any]:
 
 def _loss(model: nn.Module) -> torch.Tensor:
     inputs = family_of(model).sample_inputs(model, 1, torch.Generator().manual_seed(0))
-    return model(**inputs, return_dict=False)[0].float().square().mean()
+    return run(model, inputs).float().square().mean()

@@ -9,7 +9,8 @@ from torch.nn.functional import ScalingType, SwizzleType
 
 from dq.formats import formats
 from dq.kernels import Site, block_scaled, block_scales, choose, copies, kernels, scaled_mm
-from dq.nn.packed import PackedLayer, packed
+from dq.nn.packed import packed
+from dq.nn.packed_layer import PackedLayer
 from dq.plan import LayerSpec
 from dq.presets import input_preset, weight_preset
 from dq.spec import Granularity

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from dq.formats import formats
 from dq.kernels import Arguments, Site, choose, copies, kernels, scaled_mm
 from dq.kernels.sample import near
-from dq.nn.packed import PackedLayer, packed
+from dq.nn.packed import packed
+from dq.nn.packed_layer import PackedLayer
 from dq.packing import pack
 from dq.plan import LayerSpec
 from dq.quantize import choose_scales, quantize

@@ -2,36 +2,41 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from dq.calibrate import InputRange
+from dq.calibrate import Calibration, CalibrationSpec, run, tap_inputs
 from dq.distance import relative_error
 from dq.engine import decide, quantize, start
 from dq.errors import DQError
 from dq.family import Role, family_of
-from dq.inputs import ChannelRange, Seen
+from dq.inputs import ChannelRange, Seen, look
 from dq.method import ChosenRange, Method
 from dq.methods.changes import Change, Site
 from dq.methods.hadamard import Hadamard
 from dq.methods.outliers import OutlierSuppression
 from dq.methods.preshift import PreShift
 from dq.methods.ptq import PTQ
+from dq.methods.salience import Salience
 from dq.methods.smoothquant import SmoothQuant, largest_weights, smoothing
 from dq.methods.unsigned import Unsigned, unsigned_spec
 from dq.nn import QuantLayer, install, packed_layers
 from dq.plan import LayerSpec
 from dq.presets import input_preset, weight_preset
+from dq.ranges import InputRange
 from dq.recipe import Recipe
 from dq.transform import NO_TRANSFORM, Transform
 from dq.trial import output_error
+from dq.work import Work
 from tests.models import MODELS
 from tests.sources import Samples
 
 DATA = {
     "smoothquant": SmoothQuant(),
+    "salience": Salience(),
     "outliers": OutlierSuppression(),
     "preshift": PreShift(),
     "unsigned": Unsigned(),
@@ -51,7 +56,8 @@ def site(x: torch.Tensor, spec: LayerSpec, outputs: int = 16) -> Site:
     torch.manual_seed(0)
     layer = nn.Linear(x.shape[1], outputs)
     ends = ChannelRange(x.amin(0), x.amax(0))
-    return Site({"layer": layer}, {"layer": spec}, Seen(ends, ends, x), NO_TRANSFORM)
+    seen = Seen(ends, ends, x, x.abs().amax(0, keepdim=True))
+    return Site({"layer": layer}, {"layer": spec}, seen, NO_TRANSFORM)
 
 
 def with_outliers(channels: int = 32) -> torch.Tensor:
@@ -112,7 +118,7 @@ def test_a_rotation_needs_none_and_is_the_largest_that_fits() -> None:
         assert found == (wanted if wanted >= 8 else 0)
 
 
-@pytest.mark.parametrize("change", ["smooth", "outliers", "hadamard", "unsigned"])
+@pytest.mark.parametrize("change", ["smooth", "salience", "outliers", "hadamard", "unsigned"])
 def test_names_of_recipes_say_what_is_done(change: str) -> None:
     steps = Recipe.get(f"w4a4-dynamic-{change}-gptq").steps
     assert isinstance(steps[0], PTQ)
@@ -260,6 +266,7 @@ def test_after_silu_and_gelu_no_sign_is_worth_more_than_four_decibels(act) -> No
     ("make", "text"),
     [
         (lambda: SmoothQuant(alpha=1.5), "alpha is 0 to 1, not 1.5"),
+        (lambda: Salience(alpha=-0.5), "alpha is 0 to 1, not -0.5"),
         (lambda: OutlierSuppression(thresholds=()), "thresholds lists shares"),
         (lambda: OutlierSuppression(thresholds=(2.0,)), "thresholds lists shares"),
         (lambda: Hadamard(size=12), "size is a power of two from 8 up, not 12"),
@@ -272,10 +279,18 @@ def test_settings_out_of_range_are_refused(make, text: str) -> None:
         make()
 
 
-def test_two_scales_on_one_input_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("second", "what"),
+    [
+        (OutlierSuppression(), "shift and scale"),
+        (SmoothQuant(), "smoothing"),
+        (Salience(), "salience balancing"),
+    ],
+)
+def test_two_scales_on_one_input_are_refused(second: Method, what: str) -> None:
     model = network("dit64")
-    steps = (PTQ("int8", "int8", "dynamic"), SmoothQuant(), OutlierSuppression())
-    with pytest.raises(DQError, match="its input is scaled already: shift and scale comes first"):
+    steps = (PTQ("int8", "int8", "dynamic"), SmoothQuant(), second)
+    with pytest.raises(DQError, match=f"its input is scaled already: {what} comes first"):
         quantize(model, Recipe("t", steps), Samples(model))
 
 
@@ -314,3 +329,76 @@ def test_a_range_that_was_chosen_for_the_input_before_is_dropped(method: Method)
     changed = {name for name, spec in plan.layers.items() if spec.transform is not None}
     assert changed
     assert job.ranges.keys() == plan.layers.keys() - changed
+
+
+LAYERS = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "pos_embed.proj")
+
+
+def looked(model: nn.Module, work: Path | None = None) -> dict[str, Seen]:
+    """Look at a few layers of the tiny DiT, in three batches of two calls."""
+    return look(Calibration(model, Samples(model), CalibrationSpec(), Work(work)), LAYERS)
+
+
+@torch.no_grad()
+def test_what_is_seen_of_an_input_is_its_range_and_its_reach_at_each_step() -> None:
+    model = network("dit64")
+    batches = list(Calibration(model, Samples(model), CalibrationSpec()).batches())
+    layers = {name: model.get_submodule(name) for name in LAYERS}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in LAYERS}
+    with tap_inputs(layers, lambda name, x: found[name].append(x)):
+        for calls in batches:
+            for call in calls:
+                run(model, call)
+    for name, seen in looked(model).items():
+        axis = 1 if isinstance(layers[name], nn.Conv2d) else -1
+        rows = [x.movedim(axis, -1).flatten(0, -2) for x in found[name]]  # a batch's two calls
+        early, every = torch.cat(rows[:4]), torch.cat(rows)
+        for ends, all_rows in ((seen.early, early), (seen.range, every)):
+            assert torch.equal(ends.low, all_rows.amin(0))
+            assert torch.equal(ends.high, all_rows.amax(0))
+        expected = [torch.cat(rows[step::2]).abs().amax(0) for step in (0, 1)]
+        assert torch.equal(seen.by_step, torch.stack(expected))
+        assert torch.equal(seen.by_step.amax(0), every.abs().amax(0))
+
+
+def test_a_step_that_does_not_reach_a_layer_has_no_magnitude() -> None:
+    model = network("dit64")
+    calls = 0
+
+    def skip(block: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        later.forward = forward if calls % 2 else lambda x, *rest, **options: x
+
+    first, later = model.transformer_blocks
+    forward = later.forward
+    first.register_forward_hook(skip)
+    seen = looked(model)
+    assert (seen[LAYERS[0]].by_step > 0).all()
+    by_step = seen[LAYERS[1]].by_step
+    assert by_step.shape[0] == 2
+    assert by_step[0].any()
+    assert not by_step[1].any()
+
+
+def test_what_was_seen_is_kept_and_what_is_missing_is_seen_anew(tmp_path: Path) -> None:
+    model = network("dit64")
+    first = looked(model, tmp_path)
+    (stage,) = tmp_path.glob("inputs-*")
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.register_forward_pre_hook(count)
+    stored = Work(tmp_path).load(stage.stem)
+    for missing in (None, f"{LAYERS[1]}.by_step"):  # as an earlier version has left it
+        Work(tmp_path).save(stage.stem, {k: v for k, v in stored.items() if k != missing})
+        again = looked(model, tmp_path)
+        assert calls == (0 if missing is None else 6)  # replayed: the calls were kept as well
+        for name, seen in again.items():
+            for a, b in zip(seen.range, first[name].range, strict=True):
+                assert torch.equal(a, b)
+            assert torch.equal(seen.by_step, first[name].by_step)
+            assert torch.equal(seen.samples, first[name].samples)

@@ -10,14 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import CalibrationSpec, Call, NeedsData
+from dq.calibrate import CalibrationSpec, Call, NeedsData, run
 from dq.engine import quantize
 from dq.errors import DQError
 from dq.family import Role, family_of
 from dq.method import Method
 from dq.methods.gptq import GPTQ
+from dq.methods.operands import Operands
 from dq.methods.ptq import PTQ
+from dq.methods.ptqd import PTQD
 from dq.methods.quest import QuEST
+from dq.methods.step_groups import StepGroups
+from dq.methods.temporal import Temporal
 from dq.nn import packed_layers
 from dq.plan import Plan
 from dq.recipe import Recipe
@@ -67,14 +71,70 @@ def test_it_comes_nearer_to_full_precision(name: str) -> None:
 
 
 @each
-def test_layers_of_time_are_kept_unless_they_are_to_learn(name: str) -> None:
+@pytest.mark.parametrize("time", [False, True])
+def test_layers_of_time_learn_if_they_are_to(
+    name: str, time: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     roles = family_of(network(name)).roles(network(name))
-    time = {n for n, role in roles.items() if role is Role.TIME}
-    for temporal in ("keep", "quantize", "align"):
-        model, plan = tuned(W4, dataclasses.replace(SHORT, temporal=temporal), name=name)
-        assert bool(time & plan.layers.keys()) == (temporal != "keep")
-        assert packed_layers(model).keys() == plan.layers.keys()
-        assert not any(p.requires_grad is False for p in network(name).parameters())
+    mine = {n for n, role in roles.items() if role is Role.TIME}
+    with caplog.at_level(logging.INFO, logger="dq"):
+        model, plan = tuned(W4, dataclasses.replace(SHORT, time=time), name=name)
+    learned = caplog.text.partition("weights learn, of ")[2].partition("\n")[0].split(", ")
+    assert bool(mine & set(learned)) == time
+    assert (mine <= set(learned)) == time
+    assert packed_layers(model).keys() == plan.layers.keys()
+
+
+def test_learning_goes_with_tables_groups_of_steps_and_attention() -> None:
+    steps = (W4, Temporal("cache"), StepGroups(1), Operands(), GPTQ(), SHORT, PTQD(1))
+    model, plan = tuned(*steps)
+    assert any(spec.tabled for spec in plan.layers.values())
+    assert any(spec.output_groups for spec in plan.layers.values())
+    assert plan.attention
+    assert "weights learn; loss on held-out images" in plan.notes["quest"]
+    for name, layer in packed_layers(model).items():
+        grouped = plan.layers[name].input is not None and plan.layers[name].input.step_groups
+        assert layer.input_affine.dim() == (3 if grouped else 2)
+
+
+@pytest.mark.parametrize("settings", [{"compute": "bfloat16"}, {"checkpointing": True}])
+def test_cheaper_ways_to_learn(settings: dict[str, Any]) -> None:
+    step = dataclasses.replace(SHORT, steps=60, batch=8, drift=0.5)
+    whole, _ = tuned(W4, step)
+    cheap, _ = tuned(W4, dataclasses.replace(step, **settings))
+    if "checkpointing" in settings:
+        assert same_state(cheap, whole)
+    before = held_out_error(tuned(W4, dataclasses.replace(SHORT, drift=0.0))[0], "dit64")
+    assert held_out_error(cheap, "dit64") < before
+
+
+def test_a_model_in_bfloat16_learns_in_float32_and_stays_what_it_was() -> None:
+    model = network().bfloat16()
+    tuned(W4, SHORT, model=model)
+    assert model.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8}
+
+
+def test_token_models_learn_by_topkld() -> None:
+    step = dataclasses.replace(SHORT, steps=40, batch=4, loss="topkld", top_tokens=8)
+    still = dataclasses.replace(step, steps=1, drift=0.0, scale_rate=0.0, weight_scale_rate=0.0)
+    (before, _), (after, _) = (tuned(W4, each, name="amused") for each in (still, step))
+    original = network("amused")
+    error = {"before": 0.0, "after": 0.0}
+    for batch in range(3):
+        generator = torch.Generator().manual_seed(1000 + 10 * batch)
+        inputs = family_of(original).sample_inputs(original, 2, generator)
+        with torch.no_grad():
+            wanted = run(original, inputs).log_softmax(1)
+            for key, model in (("before", before), ("after", after)):
+                found = run(model, inputs).log_softmax(1)
+                error[key] += float((wanted.exp() * (wanted - found)).sum(1).mean())
+    assert error["after"] < error["before"]
+
+
+def test_models_without_logits_have_no_topkld() -> None:
+    with pytest.raises(DQError, match="compares logits over tokens, and a DiTTransformer2DModel"):
+        tuned(W4, dataclasses.replace(SHORT, loss="topkld"))
 
 
 @pytest.mark.parametrize("dies_at", [0, 3, 5])
@@ -115,7 +175,7 @@ def test_the_float_model_is_as_trainable_as_before() -> None:
 def test_a_product_of_low_rank_is_merged() -> None:
     full, plan = tuned(W4, SHORT)
     thin, same = tuned(W4, dataclasses.replace(SHORT, rank=4))
-    assert plan == same
+    assert plan.layers == same.layers
     assert thin.state_dict().keys() == full.state_dict().keys()
 
 
@@ -134,7 +194,11 @@ def test_without_data_it_says_what_it_needs() -> None:
         quantize(model, Recipe("t", (W4, SHORT)), None)
 
 
-@pytest.mark.parametrize("name", ["quest-w4a8", "quest-w8a8", "quest-w4a4", "quest-paper"])
+@pytest.mark.parametrize("name", [
+        "quest-w4a8", "quest-w8a8", "quest-w4a4", "quest-paper", "quest-w4a8-cache",
+        "quest-w4a8-align", "quest-w4a8-static-s4", "quest-w8a8-static-s8-cache",
+    ],
+)  # fmt: skip
 def test_recipes_by_name(name: str) -> None:
     made = Recipe.get(name)
     assert isinstance(made.steps[-1], QuEST)
@@ -144,12 +208,13 @@ def test_recipes_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"temporal": "cached"}, "unknown value of temporal 'cached'"),
+        ({"loss": "kl"}, "unknown value of loss 'kl'"),
+        ({"compute": "fp16"}, "unknown value of compute 'fp16'"),
         ({"critical": ["attention"]}, "unknown role 'attention'"),
         ({"steps": 0}, "steps is 1 or more, not 0"),
         ({"accumulate": 3}, "accumulate 3 does not divide batch 8"),
         ({"drift": -1}, "drift is 0 or more, not -1"),
-        ({"rank": -1}, "rank is 0 or more, held_out 1 or more"),
+        ({"rank": -1}, "rank is 0 or more, held_out and top_tokens 1 or more"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], text: str) -> None:

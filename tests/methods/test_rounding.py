@@ -29,6 +29,7 @@ from dq.methods.bos import BOS
 from dq.methods.gptq import GPTQ
 from dq.methods.ptq import PTQ
 from dq.methods.rounding import Rounding
+from dq.methods.signround import SignRound
 from dq.nn import QuantLayer, packed_layers
 from dq.nn.simulated import simulate
 from dq.plan import LayerSpec, Plan
@@ -46,8 +47,9 @@ from tests.sources import Drawing, Samples
 
 W4 = PTQ("int4", "int8", dynamic="dynamic")
 QUICK = AdaRound(steps=40, rate=0.1)
-STEPS = {"gptq": GPTQ(), "adaround": QUICK}
-BOTH = pytest.mark.parametrize("step", STEPS.values(), ids=[*STEPS])
+SIGNED = SignRound(steps=40)
+STEPS = {"gptq": GPTQ(), "adaround": QUICK, "signround": SIGNED}
+EACH = pytest.mark.parametrize("step", STEPS.values(), ids=[*STEPS])
 
 
 def network(name: str = "dit64") -> nn.Module:
@@ -116,8 +118,12 @@ def _nearest(name: str) -> tuple[nn.Module, float]:
 @pytest.mark.parametrize(
     ("name", "step"),
     [(name, GPTQ()) for name in MODELS]
-    + [(name, QUICK) for name, case in MODELS.items() if case.denoiser == "transformer"]
-    + [("sd32", QUICK)],
+    + [
+        (name, step)
+        for step in (QUICK, SIGNED)
+        for name, case in MODELS.items()
+        if case.denoiser == "transformer" or name == "sd32"
+    ],
     ids=str,
 )
 def test_every_family_comes_nearer_to_full_precision(name: str, step: Rounding) -> None:
@@ -164,7 +170,7 @@ TRANSFORMS: dict[str, Callable[[int], Transform]] = {
 
 
 @torch.no_grad()
-@BOTH
+@EACH
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("weight", ["int4-g8", "e2m1"])
 @pytest.mark.parametrize("name", LAYERS)
@@ -176,7 +182,7 @@ def test_no_output_gets_worse_on_what_it_is_calibrated_on(
     changed = TRANSFORMS[transform](channels)
     spec = LayerSpec(weight_preset(weight), input_preset("int8", True), transform=changed.spec)
     made = simulate(layer, spec, transform=changed)
-    step = step if isinstance(step, GPTQ) else AdaRound(steps=150)
+    step = AdaRound(steps=150) if step == QUICK else step
     # Few inputs, in which neighbouring channels are alike: much can be gained.
     inputs = [x + 2 * x.roll(1, made.axis), x.flip(made.axis).cumsum(made.axis)]
     operands = [made.operand(x) for x in inputs]
@@ -234,7 +240,7 @@ class Notes(Method):
 @pytest.mark.parametrize(
     ("weights", "step"),
     [(name, GPTQ()) for name in ("int4", "int3", "e2m1", "nf4-g16", "nvfp4", "mxfp4")]
-    + [("int4", QUICK)],
+    + [("int4", QUICK), ("int4", SIGNED)],
     ids=str,
 )
 def test_packed_layers_hold_the_codes_that_were_chosen(weights: str, step: Rounding) -> None:
@@ -249,7 +255,7 @@ def test_packed_layers_hold_the_codes_that_were_chosen(weights: str, step: Round
         assert torch.equal(layer.float_weight(), notes.weights[name]), name
 
 
-@BOTH
+@EACH
 def test_scales_and_everything_else_are_those_of_the_nearest(step: Rounding) -> None:
     model, _ = rounded(W4, step)
     nearest, _ = rounded(W4)
@@ -287,6 +293,7 @@ PART = 2
     [
         *((dies_at, GPTQ()) for dies_at in (1, PART + 1, 2 * PART + 1, 5 * PART + 2)),
         (3 * PART + 2, QUICK),
+        (3 * PART + 2, SIGNED),
     ],
     ids=str,
 )
@@ -360,7 +367,7 @@ def test_a_killed_run_leaves_the_model_as_it_was(dies_at: int) -> None:
     check_untouched(model, act, KeyboardInterrupt, "killed")
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("inputs", ["float", "int8"])
 def test_inputs_that_are_not_finite_name_the_layer_and_leave_the_model(
     inputs: str, step: Rounding
@@ -372,7 +379,9 @@ def test_inputs_that_are_not_finite_name_the_layer_and_leave_the_model(
     check_untouched(model, partial(rounded, first, step, model=model), DQError, text)
 
 
-@pytest.mark.parametrize("name", ["w4a8-dynamic-gptq", "nvfp4", "mxfp4-adaround", "fp4-w4a16"])
+@pytest.mark.parametrize(
+    "name", ["w4a8-dynamic-gptq", "nvfp4", "mxfp4-adaround", "fp4-w4a16", "w4a8-signround"]
+)
 def test_without_data_the_remedy_is_named(name: str, model_folders: Callable[[str], Path]) -> None:
     text = r"rounds weights by calibration data, .* DQPipeline.from_pretrained.*'nvfp4-rtn'"
     model = network()
@@ -388,7 +397,13 @@ def test_without_data_the_remedy_is_named(name: str, model_folders: Callable[[st
 
 
 PLAIN: tuple[Method, ...] = ()
-ENDS = {"": None, "-rtn": PLAIN, "-gptq": (GPTQ(),), "-adaround": (AdaRound(),)}
+ENDS = {
+    "": None,
+    "-rtn": PLAIN,
+    "-gptq": (GPTQ(),),
+    "-adaround": (AdaRound(),),
+    "-signround": (SignRound(),),
+}
 FLOATS = {"wide": "e4m3", "wide_inputs": "e4m3", "dynamic": "dynamic"}
 BEGINNINGS: dict[str, tuple[tuple[Method, ...], tuple[Method, ...]]] = {
     # Name: what comes before the rounding, and the rounding unless the name says so.
@@ -425,7 +440,7 @@ def test_other_ends_are_no_recipes(name: str) -> None:
         Recipe.get(name)
 
 
-@pytest.mark.parametrize("name", ["w8a8-gptq", "fp8-adaround", "mxfp8-gptq"])
+@pytest.mark.parametrize("name", ["w8a8-gptq", "fp8-adaround", "mxfp8-gptq", "w8a8-signround"])
 def test_recipes_with_nothing_to_round_are_refused(name: str) -> None:
     model = network("dit64")
     act = partial(quantize, model, Recipe.get(name), Samples(model))
@@ -442,6 +457,8 @@ def test_recipes_with_nothing_to_round_are_refused(name: str) -> None:
         ({"method": "gptq", "damping": -0.1}, "damping is above 0, not -0.1"),
         ({"method": "adaround", "steps": 0}, "steps and rate are above 0, not 0 and 0.03"),
         ({"method": "adaround", "rate": -1}, "steps and rate are above 0, not 500 and -1"),
+        ({"method": "signround", "steps": 0}, "steps is above 0 and rate 0 or more, not 0 and 0.0"),
+        ({"method": "signround", "rate": -1}, "steps is above 0 and rate 0 or more, not 200 and"),
         ({"method": "adaround", "damping": 1}, "unknown key of the AdaRound 'damping'"),
     ],
 )

@@ -19,6 +19,7 @@ from torch import nn
 
 from tests.models.dit import dit64, pixart64
 from tests.models.mmdit import flux, sd3
+from tests.models.muse import amused
 from tests.models.parts import aligned
 from tests.models.unet import sd32, sd64, sdxl
 
@@ -27,6 +28,7 @@ __all__ = [
     "PROMPT",
     "ModelCase",
     "aligned",
+    "amused",
     "dit64",
     "flux",
     "pixart64",
@@ -71,7 +73,8 @@ class ModelCase:
 
         Returns:
             Images (N, 32, 32, 3), float32 in [0, 1]. With `output_type="latent"` the final latents,
-            float32: (N, 4, 16, 16), for Flux packed (N, 64, 4); DiT's pipeline always decodes.
+            float32: (N, 4, 16, 16), for Flux packed (N, 64, 4), for aMUSEd codes (N, 8, 8); DiT's
+            pipeline always decodes.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         images = pipe(**{**self.arguments, "generator": generator, **overrides}).images
@@ -106,7 +109,8 @@ MODELS: Mapping[str, ModelCase] = MappingProxyType(
             _case(sd3, "transformer", prompt=PROMPT, max_sequence_length=32),
             # Flux alone does not take its default size from the transformer.
             _case(flux, "transformer", prompt=PROMPT, max_sequence_length=32, height=32, width=32),
+            _case(amused, "transformer", prompt=PROMPT),
         ]
     )
 )
-"""Every tiny pipeline by name: sd32, sd64, sdxl, dit64, pixart64, sd3, flux."""
+"""Every tiny pipeline by name: sd32, sd64, sdxl, dit64, pixart64, sd3, flux, amused."""

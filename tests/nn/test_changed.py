@@ -25,7 +25,8 @@ from dq.methods.ptq import PTQ
 from dq.nn import QuantLayer, packed_layers
 from dq.nn.changed import changed_bias, conv_groups, convolved, entered, padded
 from dq.nn.layers import input_channels
-from dq.nn.packed import COMPANIONS, PackedLayer, packed
+from dq.nn.packed import packed
+from dq.nn.packed_layer import COMPANIONS, PackedLayer
 from dq.nn.simulated import simulate
 from dq.plan import LayerSpec, Plan
 from dq.presets import input_preset, weight_preset

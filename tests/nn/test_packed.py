@@ -6,7 +6,8 @@ from torch import nn
 
 from dq.distance import relative_error
 from dq.errors import DQError
-from dq.nn.packed import COMPANIONS, TENSORS, PackedLayer, packed
+from dq.nn.packed import packed
+from dq.nn.packed_layer import COMPANIONS, TENSORS, PackedLayer
 from dq.plan import LayerSpec
 from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration, CalibrationSpec
+from dq.calibrate import Calibration, CalibrationSpec, run
 from dq.family import family_of
 from dq.sensitivity.candidates import Candidates
 from dq.sensitivity.probe import Probe
@@ -39,4 +39,4 @@ def probe(model: nn.Module, inputs: tuple[str, ...] = ("int8",), **settings: Any
 
 @torch.no_grad()
 def outputs(one: Probe) -> list[torch.Tensor]:
-    return [one.model(**call, return_dict=False)[0] for call in one.calls]
+    return [run(one.model, call) for call in one.calls]

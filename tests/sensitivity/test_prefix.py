@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dq.calibrate import run
 from dq.family import family_of, quantizable
 from dq.sensitivity.prefix import Prefix, stages
 from dq.sensitivity.trace import trace
@@ -28,7 +29,7 @@ def test_from_every_layer_on_the_output_is_the_same(name: str) -> None:
     assert set(seen.order) <= set(quantizable(model))
     prefix = Prefix(model, seen.ran - {""})
     y = prefix.record(call)
-    assert torch.equal(y, model(**call, return_dict=False)[0])
+    assert torch.equal(y, run(model, call))
     assert prefix.repeats(call, seen.order)
     for module in model.modules():
         assert "forward" not in module.__dict__
@@ -48,7 +49,7 @@ def test_a_changed_layer_changes_the_output_as_it_does_in_a_whole_run(name: str)
         weight = model.get_submodule(layer).weight
         before = weight.data.clone()
         weight.data.mul_(1.1)
-        whole = model(**call, return_dict=False)[0]
+        whole = run(model, call)
         with prefix.remembered():
             assert torch.equal(prefix.rerun(call, layer), whole), layer
         weight.data.copy_(before)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dq import attention
+from dq.attention import functions
 from dq.distance import relative_error
 from dq.kernels import attention as ways
 from tests.models import MODELS, ModelCase
@@ -26,7 +27,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(q.shape))
         return ways.attention(q, k, v, scale)
 
-    monkeypatch.setattr(attention, "attention", noted)
+    monkeypatch.setattr(functions, "attention", noted)
     return seen
 
 
@@ -69,9 +70,9 @@ def test_masks_and_dropout_are_left_to_torch(calls: list[tuple[int, ...]]) -> No
     mask = torch.rand(1, 2, 8, 8) > 0.3
     for options in ({"attn_mask": mask}, {"is_causal": True}):
         expected = F.scaled_dot_product_attention(q, k, v, **options)
-        assert torch.equal(attention.scaled_dot_product_attention(q, k, v, **options), expected)
+        assert torch.equal(functions.scaled_dot_product_attention(q, k, v, **options), expected)
     assert calls == []
-    y = attention.scaled_dot_product_attention(q, k, v, scale=0.1)
+    y = functions.scaled_dot_product_attention(q, k, v, scale=0.1)
     expected = F.scaled_dot_product_attention(q, k, v, scale=0.1)
     assert relative_error(y, expected) < 0.01
     assert calls == [(1, 2, 8, 16)]
@@ -79,12 +80,12 @@ def test_masks_and_dropout_are_left_to_torch(calls: list[tuple[int, ...]]) -> No
 
 def test_a_backend_that_users_ask_diffusers_for_goes_first(calls: list[tuple[int, ...]]) -> None:
     q, k, v = (torch.randn(1, 8, 2, 16).bfloat16() for _ in range(3))
-    ours = attention.dispatch_attention_fn(q, k, v, None, 0.0, False)
+    ours = functions.dispatch_attention_fn(q, k, v, None, 0.0, False)
     assert calls == [(1, 2, 8, 16)]
     math = attention_dispatch.AttentionBackendName._NATIVE_MATH
-    assert relative_error(attention.dispatch_attention_fn(q, k, v, backend=math), ours) < 0.01
+    assert relative_error(functions.dispatch_attention_fn(q, k, v, backend=math), ours) < 0.01
     with attention_dispatch.attention_backend("_native_math"):
-        attention.dispatch_attention_fn(q, k, v)
+        functions.dispatch_attention_fn(q, k, v)
     assert len(calls) == 1
 
 

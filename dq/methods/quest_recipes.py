@@ -1,0 +1,69 @@
+"""Recipes of QuEST by name; the method itself is in `dq.methods.quest`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from dq.calibrate import CalibrationSpec
+from dq.family import Role
+from dq.method import Method
+from dq.methods.adaround import AdaRound
+from dq.methods.bos import BOS
+from dq.methods.gptq import GPTQ
+from dq.methods.operands import Operands
+from dq.methods.ptq import PTQ
+from dq.methods.quest import QuEST
+from dq.methods.step_groups import StepGroups
+from dq.methods.temporal import Temporal
+from dq.recipe import Recipe, Template, templates
+
+__all__: list[str] = []
+
+_WIDE = (Role.IO, Role.TIME, Role.MODULATION)
+_CALIBRATION = CalibrationSpec(n=64, steps=16)
+_TREATMENTS: Mapping[str, tuple[Method, ...]] = {
+    "keep": (Temporal("keep"),),
+    "cache": (Temporal("cache"),),
+    "align": (),
+}
+
+
+def _build(found: re.Match[str]) -> Recipe:
+    weight, low = found["weight"], found["input"]
+    if low == "4":  # groups of an input have scales of their own, so that outliers stay among them
+        ptq = PTQ(f"int{weight}", "int4-g32", wide_inputs="int8", wide_roles=_WIDE)
+    else:
+        ptq = PTQ(f"int{weight}", f"int{low}", found["scales"] or "auto", wide_roles=_WIDE)
+    operands = (Operands(),) if low == "4" else ()
+    groups = (StepGroups(int(found["groups"])),) if found["groups"] else ()
+    rounded = (GPTQ(),) if int(weight) <= GPTQ.widest else ()
+    time = found["time"] or "keep"
+    before = (ptq, *_TREATMENTS[time], *groups, BOS(), *operands, *rounded)
+    return Recipe(found[0], (*before, QuEST(time=time == "align")), _CALIBRATION)
+
+
+def _paper(found: re.Match[str]) -> Recipe:
+    ptq = PTQ("int4-g0", "int8", "static", wide_roles=(Role.IO,))
+    quest = QuEST(time=True, weight_scale_rate=0.0)
+    return Recipe(found[0], (ptq, AdaRound(), quest), _CALIBRATION)
+
+
+_END = rf"(-(?P<scales>static|dynamic))?(-s(?P<groups>\d+))?(-(?P<time>{'|'.join(_TREATMENTS)}))?"
+for _name, _help in {
+    "quest-w4a8": "w4a8 with GPTQ, then attention, feed-forwards and scales are finetuned; "
+    "-cache or -align the layers of time, -static -s4 for scales in 4 groups of steps",
+    "quest-w8a8": "the same of w8a8",
+    "quest-w4a4": "the same of w4a4, inputs in groups of 32, attention at 8 bits; experimental",
+}.items():
+    _weight, _input = re.findall(r"\d", _name)[:2]
+    _pattern = rf"quest-w(?P<weight>{_weight})a(?P<input>{_input}){_END}"
+    templates.add(_name, Template(_pattern, _help, _build))
+templates.add(
+    "quest-paper",
+    Template(
+        "quest-paper",
+        "in the form of Wang et al. 2024: AdaRound by channel, one static scale an input",
+        _paper,
+    ),
+)
