@@ -21,9 +21,9 @@ from dq.spec import TensorSpec
 __all__ = ["choose_scales", "dequantize", "fake_quantize", "quantize"]
 
 _STRIP = 1 << 18  # elements worked on together
-# Of a level: the largest value of a row, divided by the scale that was made of it, may come out a
-# rounding error above the last level. It does not saturate, and its gradient must not be lost.
-_EDGE = 1e-3
+# The largest value of a row, divided by the scale that was made of it, may come out a rounding
+# error above the last level. It does not saturate, and its gradient must not be lost.
+_EDGE = 1 + 1e-6
 
 
 def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
@@ -144,7 +144,7 @@ def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     if levels.requires_grad:
         if scales.zero is not None:
             levels = levels + scales.zero.unsqueeze(-1)
-        inside = levels.clamp(spec.grid.low - _EDGE, spec.grid.high + _EDGE)
+        inside = levels.clamp(spec.grid.low * _EDGE, spec.grid.high * _EDGE)
         rounded = _StraightThrough.apply(inside, rounded)  # type: ignore[no-untyped-call]
     if scales.zero is not None:
         rounded = rounded - scales.zero.unsqueeze(-1)

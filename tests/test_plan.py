@@ -88,7 +88,7 @@ def test_a_key_that_is_missing_is_named(key: str) -> None:
         ((STATIC,), "a weight is static, by channel or group"),
         ((DYNAMIC,), "a weight is static, by channel or group"),
         ((INT8, None, (4, 4)), "input_splits without a quantized input"),
-        ((INT8, INT8), "a static input has granularity tensor, not channel"),
+        ((INT8, INT8), "a static input has granularity tensor or group, not channel"),
         (
             (INT8, TensorSpec("int8", TENSOR, dynamic=True)),
             r"a dynamic input has granularity token or group",

@@ -206,6 +206,15 @@ def test_gradients_are_one_inside_and_zero_outside(spec: TensorSpec) -> None:
     assert torch.allclose(x.grad, inside.float(), atol=1e-6)
 
 
+@each
+def test_the_largest_value_of_a_row_has_its_gradient(spec: TensorSpec) -> None:
+    if spec.observer != "absmax" or spec.scale_grid is not None or not spec.symmetric:
+        return  # its scale is not that of the largest value
+    x = matrix((64, 40), 8).abs().requires_grad_()
+    fake_quantize(x, choose_scales(x.detach(), spec), spec).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 @pytest.mark.parametrize("format", [n for n, f in formats.items() if isinstance(f, IntFormat)])
 def test_gradients_of_the_scale_are_those_of_lsq(format: str) -> None:
     # Esser et al. 2020, equation 3: the rounding error inside, the level at the ends outside.

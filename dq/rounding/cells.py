@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dq.rounding.grid import spread
+from dq.rounding.grid import between
 from dq.scales import Scales
 from dq.spec import TensorSpec
 
@@ -31,11 +31,8 @@ def within_cells(weight: Tensor, codes: Tensor, scales: Scales, spec: TensorSpec
         `(N, K)` float32.
     """
     grid = spec.grid
-    step, zero = spread(scales, *weight.shape)
-    zeros = 0.0 if zero is None else zero
-    place = weight.detach().float() / step + zeros
-    below, above = grid.around(place)
-    share = torch.where(above > below, (place - below) / (above - below), 0.5)
+    below, above, share, step, zeros = between(weight, scales, spec)
+    share = torch.where(above > below, share, 0.5)
     share = share.clamp(_EDGE, 1 - _EDGE)
     levels = grid.levels.to(weight.device)
     index = torch.searchsorted(levels, grid.decode(codes))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dq.quantize import dequantize, quantize
-from dq.rounding.grid import spread
+from dq.rounding.grid import between
 from dq.rounding.moment import check_finite
 from dq.scales import Scales, usable
 from dq.spec import TensorSpec
@@ -55,12 +55,8 @@ def learned_rounding(
     """
     check_finite(moment)
     weight = weight.detach().float()
-    step, zero = spread(scales, *weight.shape)
-    zeros = 0.0 if zero is None else zero
-    levels = weight / step + zeros
-    below, above = spec.grid.around(levels)
+    below, above, fraction, step, zeros = between(weight, scales, spec)
     gap = (above - below) * step
-    fraction = ((levels - below) / (above - below).clamp_min(1e-12)).clamp(0.0, 1.0)
     start = (below - zeros) * step - weight  # the error of rounding everything down
     nearest = dequantize(quantize(weight, scales, spec), scales, spec) - weight
     unit = usable(((nearest @ moment) * nearest).mean(1, keepdim=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dq.quantize import dequantize, quantize
-from dq.rounding.grid import spread
+from dq.rounding.grid import between
 from dq.rounding.moment import check_finite
 from dq.scales import Scales
 from dq.spec import TensorSpec
@@ -54,11 +54,7 @@ def signed_rounding(
     weight = weight.detach().float()
     # Losses are only compared: in this unit they neither vanish nor overflow.
     moment = moment / moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    step, zero = spread(scales, *weight.shape)
-    zeros = 0.0 if zero is None else zero
-    levels = weight / step + zeros
-    below, above = spec.grid.around(levels)
-    fraction = ((levels - below) / (above - below).clamp_min(1e-12)).clamp(0.0, 1.0)
+    below, above, fraction, step, zeros = between(weight, scales, spec)
     down, up = ((level - zeros) * step - weight for level in (below, above))  # errors of each
     nearest = quantize(weight, scales, spec)
     error = dequantize(nearest, scales, spec) - weight
