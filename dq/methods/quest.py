@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dq.calibrate import Calibration, Call
@@ -27,6 +27,7 @@ from dq.full_precision import as_float32, floated
 from dq.method import Job, Method, methods
 from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight, LowRankWeight
+from dq.quantize import dequantize
 from dq.rounding.cells import within_cells
 from dq.tuning.align import align
 from dq.tuning.distill import Distance, Distillation
@@ -34,13 +35,20 @@ from dq.tuning.loop import Group, Schedule, tune
 from dq.tuning.samples import Samples
 from dq.tuning.topkld import topkld
 
-__all__ = ["QuEST"]
+__all__ = ["PAPER_CRITICAL", "QuEST"]
 
 logger = logging.getLogger(__name__)
 
 _COMPUTE = ("float32", "bfloat16")
 _LOSSES = ("mse", "topkld")
-_CRITICAL = (Role.FEED_FORWARD, Role.SELF_ATTENTION, Role.CROSS_ATTENTION, Role.CROSS_KV)
+_STARTS = ("levels", "cells")
+PAPER_CRITICAL = (
+    Role.FEED_FORWARD,
+    Role.SELF_ATTENTION,
+    Role.CROSS_ATTENTION,
+    Role.CROSS_KV,
+)
+_BLOCKS = (*PAPER_CRITICAL, Role.CONVOLUTION, Role.SKIP, Role.PROJECTION)
 _ALIGNING = 200  # steps of each layer of time, before it learns with the others
 
 
@@ -51,15 +59,22 @@ class QuEST(Method):
 
     Args:
         critical: Roles whose weights and biases are learned; those that the model lacks are left
-            out, but not all of them.
+            out, but not all of them. Everything in the blocks by default; the paper has attention
+            and feed-forwards (`PAPER_CRITICAL`), which are all there is in a transformer. Empty for
+            scales alone.
         time: Whether the quantized layers of time learn too, first alone, then with the others.
+        start: Where weights begin that a step before has rounded, e.g. GPTQ. "levels": on those of
+            their codes, so that only what is pushed the same way again and again goes over to the
+            next, and noise of the gradient does not undo what was found. "cells": where they lay
+            between two levels, as in the paper, see `dq.rounding.cells`.
         steps: Of the optimizer.
         batch: Samples of a step, an image at a timestep each.
         accumulate: Parts that a step is worked on in.
         drift: Learning rate of weights, in levels of their grid over all steps together.
         scale_rate: Learning rate of the logarithms of the scales of static inputs.
         weight_scale_rate: Of those of the weights of all quantized layers; 0 leaves them.
-        local_weight: Of the critical layers' own losses.
+        local_weight: Of the sum of the critical layers' own losses; 1 in the paper. They are some
+            hundred times as large as the output's, see docs/quest.md for what they do.
         global_weight: Of the loss of the network's output.
         loss: Of the output: "mse", or "topkld" for models that predict tokens, experimental; see
             `dq.tuning.topkld`.
@@ -72,15 +87,16 @@ class QuEST(Method):
         held_out: Images by which the best state is chosen.
     """
 
-    critical: tuple[str, ...] = _CRITICAL
+    critical: tuple[str, ...] = _BLOCKS
     time: bool = False
+    start: str = "levels"
     steps: int = 500
     batch: int = 8
     accumulate: int = 1
-    drift: float = 1.5
+    drift: float = 4.0
     scale_rate: float = 1e-3
     weight_scale_rate: float = 1e-3
-    local_weight: float = 1.0
+    local_weight: float = 0.0
     global_weight: float = 2.0
     loss: str = "mse"
     top_tokens: int = 64
@@ -90,7 +106,7 @@ class QuEST(Method):
     held_out: int = 6
 
     def __post_init__(self) -> None:
-        for name, known in (("compute", _COMPUTE), ("loss", _LOSSES)):
+        for name, known in (("compute", _COMPUTE), ("loss", _LOSSES), ("start", _STARTS)):
             if getattr(self, name) not in known:
                 raise unknown(f"value of {name}", getattr(self, name), known)
         check_roles(self.critical)
@@ -208,21 +224,31 @@ class QuEST(Method):
         """Make weight and bias of a layer learnable."""
         layer = job.model.get_submodule(name)
         assert isinstance(layer, QuantLayer)  # it was chosen among them
-        matrix, scales = layer.matrix().detach(), layer.weight_quantizer.scales
-        if layer.codes is not None:
-            matrix = within_cells(matrix, layer.codes, scales, layer.spec.weight)
-            layer.codes = None
+        matrix = self._first(layer)
+        scales, layer.codes = layer.weight_quantizer.scales, None
         bias = layer.changed_bias()
         if bias is not None:
             layer.latent_bias = nn.Parameter(bias.detach().float().clone())
-        layer.latent = (
-            LowRankWeight(matrix, self.rank, job.generator) if self.rank else FullWeight(matrix)
-        )
-        mine = [*layer.latent.parameters()]
-        if layer.latent_bias is not None:
-            mine.append(layer.latent_bias)
         # A weight must not leave its level by noise alone (EfficientDM's scale-aware rate).
-        return [Group(mine, self.drift * float(scales.step.mean()) / self.steps)]
+        rate = self.drift * float(scales.step.mean()) / self.steps
+        biases = [] if layer.latent_bias is None else [Group([layer.latent_bias], rate)]
+        if not self.rank:
+            layer.latent = FullWeight(matrix)
+            return [Group([*layer.latent.parameters()], rate), *biases]
+        layer.latent = LowRankWeight(matrix, self.rank, job.generator)
+        # A product of such factors moves by so much less than they do.
+        faster = rate * (matrix.shape[1] / self.rank) ** 0.5
+        return [Group([*layer.latent.parameters()], faster), *biases]
+
+    def _first(self, layer: QuantLayer) -> Tensor:
+        """Return the matrix that a layer's weight begins with; its nearest levels are its codes."""
+        matrix, spec = layer.matrix().detach(), layer.spec.weight
+        scales, codes = layer.weight_quantizer.scales, layer.codes
+        if codes is None:
+            return matrix
+        if self.start == "cells":
+            return within_cells(matrix, codes, scales, spec)
+        return dequantize(codes, scales, spec)
 
     def _scales(self, model: nn.Module) -> list[Group]:
         """Make the scales of static inputs and of weights learnable."""

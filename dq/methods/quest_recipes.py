@@ -13,7 +13,7 @@ from dq.methods.bos import BOS
 from dq.methods.gptq import GPTQ
 from dq.methods.operands import Operands
 from dq.methods.ptq import PTQ
-from dq.methods.quest import QuEST
+from dq.methods.quest import PAPER_CRITICAL, QuEST
 from dq.methods.step_groups import StepGroups
 from dq.methods.temporal import Temporal
 from dq.recipe import Recipe, Template, templates
@@ -45,13 +45,13 @@ def _build(found: re.Match[str]) -> Recipe:
 
 def _paper(found: re.Match[str]) -> Recipe:
     ptq = PTQ("int4-g0", "int8", "static", wide_roles=(Role.IO,))
-    quest = QuEST(time=True, weight_scale_rate=0.0)
+    quest = QuEST(PAPER_CRITICAL, time=True, start="cells", weight_scale_rate=0.0, local_weight=1.0)
     return Recipe(found[0], (ptq, AdaRound(), quest), _CALIBRATION)
 
 
 _END = rf"(-(?P<scales>static|dynamic))?(-s(?P<groups>\d+))?(-(?P<time>{'|'.join(_TREATMENTS)}))?"
 for _name, _help in {
-    "quest-w4a8": "w4a8 with GPTQ, then attention, feed-forwards and scales are finetuned; "
+    "quest-w4a8": "w4a8 with GPTQ, then the weights of the blocks and all scales are finetuned; "
     "-cache or -align the layers of time, -static -s4 for scales in 4 groups of steps",
     "quest-w8a8": "the same of w8a8",
     "quest-w4a4": "the same of w4a4, inputs in groups of 32, attention at 8 bits; experimental",
