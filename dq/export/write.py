@@ -63,6 +63,7 @@ def export(
     exporter = exporters[to]
     layers = packed_layers(model)
     reasons = {name: exporter.refuses(layer) for name, layer in layers.items()}
+    _check_static(source, layers)
     _check_fit(exporter, source, reasons)
     with new_folder(output, overwrite) as folder:
         _copy(source, component, folder)
@@ -93,6 +94,28 @@ def _check_fit(exporter: Exporter, source: Path, reasons: Mapping[str, str | Non
         f"{source}: none of {len(reasons)} packed layers fits ({words}); "
         f"quantize with one of {exporter.remedy}"
     )
+
+
+def _check_static(source: Path, layers: Mapping[str, PackedLayer]) -> None:
+    """Refuse what would be another model without dq, in silence."""
+    for name, layer in layers.items():
+        low = layer.spec.input
+        if low is not None and low.granularity.size == 1:
+            raise DQError(
+                f"{source}: {describe(name, layer)} has a scale for every channel of its input, "
+                "which is a simulation only: no product sums over scales; quantize with inputs by "
+                "token or in groups"
+            )
+        if low is not None and low.step_groups:
+            raise DQError(
+                f"{source}: {describe(name, layer)} has scales for groups of steps, which no other "
+                "library knows; quantize without step-groups"
+            )
+        if layer.spec.output_groups:
+            raise DQError(
+                f"{source}: the output of {describe(name, layer)} is corrected step by step, which "
+                "no other library does; quantize without ptqd"
+            )
 
 
 def _reported(name: str, layer: PackedLayer, reason: str | None, size: int) -> ExportedLayer:

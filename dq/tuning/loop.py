@@ -21,6 +21,7 @@ from dq.work import Work
 __all__ = ["Group", "Schedule", "Tuned", "tune"]
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
+_SHOWN = 20  # steps whose losses are shown as one
 _CHECKS = 10  # times that the held-out loss is looked at on the way, and the state is written
 
 
@@ -104,7 +105,7 @@ def tune(
         loop.check()
     every = max(1, schedule.steps // _CHECKS)
     remaining = range(loop.step, schedule.steps)
-    for step in track(remaining, f"tuning {stage}"):
+    for step in track(remaining, f"tuning {stage}", words=loop.words):
         loop.advance()
         if (step + 1) % every == 0 or step + 1 == schedule.steps:
             loop.check()
@@ -163,6 +164,13 @@ class _Loop:
         self.optimizer.step()
         self.losses.append(total)
         self.step += 1
+
+    def words(self) -> str:
+        """Say how it stands: the loss of the last steps, and the least on the held-out samples."""
+        last = self.losses[-_SHOWN:]
+        return (
+            f"loss {sum(last) / len(last):.3g}, held out {self.least:.3g} (first {self.start:.3g})"
+        )
 
     def _rows(self) -> list[int]:
         """Return the samples of this step: those after the last one's, in a new order each time."""

@@ -1,7 +1,9 @@
 """What is refused, what is written instead, and what is said about it."""
 
 from collections.abc import Callable
+from dataclasses import replace as replace_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from dq.nn.swap import replace
 from dq.pipelines.pipeline import load_denoiser
 from dq.plan import LayerSpec
 from dq.presets import weight_preset
+from dq.spec import Granularity, TensorSpec
 from dq.transform import Transform
 from tests.export.cases import Case
 from tests.test_cli import dq
@@ -129,6 +132,29 @@ def test_changed_inputs_are_undone(load: Callable, quantized: Callable, tmp_path
     # The shift has given it a bias, which the plain layer has not.
     assert layer.bias is not None
     assert f"{QUERY}.bias" not in state
+
+
+STATIC = TensorSpec("int4", Granularity("tensor"), symmetric=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"input": replace_spec(STATIC, granularity=Granularity("group", 1))}, "a simulation only"),
+        ({"input": replace_spec(STATIC, step_groups=(1.0, 9.0))}, "without step-groups"),
+        ({"output_groups": (1.0, 9.0)}, "without ptqd"),
+    ],
+)
+def test_what_needs_dq_to_be_the_same_model_is_refused(
+    load: Callable, quantized: Callable, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    name, denoiser = load("sd32", "fp8")
+    old = packed_layers(denoiser)[QUERY]
+    plain = nn.Linear(old.columns, old.rows, bias=False, dtype=torch.bfloat16)
+    replace(denoiser, QUERY, packed(plain, LayerSpec(weight_preset("int4"), **settings)))
+    with pytest.raises(DQError, match=f"{QUERY}.*{words}"):
+        export(denoiser, quantized("sd32", "fp8"), name, "bfl", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_command(quantized: Callable, tmp_path: Path) -> None:
