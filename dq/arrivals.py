@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dq import checksum
 from dq.errors import DQError
-from dq.nn.packed_layer import COMPANIONS, TENSORS
+from dq.nn.stored import COMPANIONS, TENSORS
 from dq.plan import Plan
 
 __all__ = ["Arrivals", "leaf"]

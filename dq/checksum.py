@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dq.errors import DQError
-from dq.nn.packed_layer import TENSORS
+from dq.nn.stored import TENSORS
 from dq.plan import Plan
 
 __all__ = ["check_readable", "digest", "metadata", "of", "of_model", "read"]

@@ -30,7 +30,7 @@ from dq.errors import DQError, inside, unknown
 from dq.memory import give_back
 from dq.nn import describe, empty_packed, packed_layers, unpack_model
 from dq.nn.packed import packed
-from dq.nn.packed_layer import COMPANIONS
+from dq.nn.stored import COMPANIONS
 from dq.nn.swap import replace
 from dq.plan import Plan
 from dq.recipe import Recipe

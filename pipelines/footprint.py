@@ -13,7 +13,7 @@ from dq import attention
 from dq.kernels.layout import scratch_bytes
 from dq.nn import matrix_shape, packed_layers
 from dq.nn.layers import input_channels
-from dq.nn.packed_layer import TENSORS
+from dq.nn.stored import TENSORS
 
 __all__ = ["Footprint", "LayerReport", "footprint", "planned_bytes"]
 

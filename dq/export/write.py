@@ -18,7 +18,7 @@ from dq.export.report import Exported, ExportedLayer
 from dq.export.tensorfile import TensorFile
 from dq.folders import check_free, new_folder
 from dq.nn import PackedLayer, describe, packed_layers
-from dq.nn.packed_layer import TENSORS
+from dq.nn.stored import TENSORS
 
 __all__ = ["check", "export"]
 

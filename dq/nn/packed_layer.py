@@ -11,30 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
-from dq.formats import FloatFormat, formats
 from dq.kernels import Arguments, Kernel, Site, choose, copies, onednn
 from dq.kernels.kernel import stamp_of
 from dq.nn.changed import conv_groups, entered
-from dq.nn.layers import Layer, input_channels, matrix_shape
+from dq.nn.differentiable import Differentiable
+from dq.nn.kernel_site import numbers_of, site_of
+from dq.nn.layers import Layer, matrix_shape
 from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantLayer, fake_input, segments, simulate
 from dq.nn.steps import Steps
 from dq.nn.stepwise import by_group, scales_now, spread_rows, stepwise
+from dq.nn.stored import COMPANIONS, TENSORS, companion_forms, companions_of, weight_form
 from dq.plan import LayerSpec
 from dq.quantize import fake_quantize, quantize
 from dq.scales import Scales
 from dq.spec import TensorSpec
-from dq.storage import pack_weight, stored_shapes, unpack_weight
+from dq.storage import pack_weight, unpack_weight
 from dq.transform import Transform
 
-__all__ = ["COMPANIONS", "TENSORS", "PackedLayer"]
-
-# What a plain layer does not have.
-COMPANIONS = (
-    "weight_scale", "input_affine", "input_shift", "input_scale", "kept_input", "kept_output",
-    "table", "output_affine",
-)  # fmt: skip
-TENSORS = ("weight", *COMPANIONS)
+__all__ = ["PackedLayer"]
 
 
 class PackedLayer(nn.Module):
@@ -88,38 +83,19 @@ class PackedLayer(nn.Module):
         self.rows, self.columns = matrix_shape(layer)
         self.sizes = segments(layer, spec)
         self.compute_dtype = _compute_dtype(layer)
-        shapes = stored_shapes(spec.weight, self.rows, self.columns)
         # PEFT tells a convolution from a linear by the number of dimensions of its weight.
         trailing = [1] * (self.weight.dim() - 2)
         del self.weight
-        shape, dtype = shapes.pop("weight")
+        (shape, dtype), companions = weight_form(layer, spec), companion_forms(layer, spec)
         empty = torch.empty(*shape, *trailing, dtype=dtype, device=device)
         self.weight = nn.Parameter(empty, requires_grad=False)
-        if spec.input is not None and spec.is_static:
-            parts, size = len(self.sizes), spec.input.granularity.size
-            parts = input_channels(layer) // size if size else parts
-            times = len(spec.input.step_groups)
-            form = (times, parts, 2) if times else (parts, 2)
-            shapes["input_affine"] = (form, torch.float32)
-        changed = spec.transform
-        if changed is not None and changed.shift:
-            shapes["input_shift"] = ((input_channels(layer),), torch.float32)
-        if changed is not None and changed.scale:
-            shapes["input_scale"] = ((input_channels(layer),), torch.float32)
-        if spec.kept_every:
-            shapes["kept_input"] = ((self.columns,), torch.float32)
-            shapes["kept_output"] = ((self.rows,), torch.float32)
-        if spec.tabled:
-            shapes["table"] = ((len(spec.tabled), self.rows), torch.float32)
-        if spec.output_groups:
-            shapes["output_affine"] = ((len(spec.output_groups), 2, self.rows), torch.float32)
         for name in COMPANIONS:
             value = None
-            if name in shapes:
-                shape, dtype = shapes[name]
+            if name in companions:
+                shape, dtype = companions[name]
                 value = torch.empty(shape, dtype=dtype, device=device)
             self.register_buffer(name, value)
-        if layer.bias is not None or "input_shift" in shapes:
+        if layer.bias is not None or "input_shift" in companions:
             bias = torch.empty(self.rows, dtype=self.compute_dtype, device=device)
             learns = layer.bias is not None and layer.bias.requires_grad
             self.gained_bias = layer.bias is None
@@ -127,7 +103,7 @@ class PackedLayer(nn.Module):
         self.remembers = False
         self.steps = None
         self.keep_int8 = spec.weight.grid.bits == 8
-        self._numbers = self._describe()
+        self._numbers = numbers_of(spec, self.columns)
         self._kernels: dict[str, Kernel | None] = {}
 
     def load_layer(self, layer: Layer) -> None:
@@ -137,10 +113,8 @@ class PackedLayer(nn.Module):
             DQError: If the input is static and `layer` does not know its range.
         """
         simulated = layer if isinstance(layer, QuantLayer) else self._simulated(layer)
-        self._load_input(simulated)
-        self._load_kept(simulated)
-        self._load_stepwise(simulated)
-        self.input_shift, self.input_scale, _ = simulated.transform
+        for name, value in companions_of(simulated).items():
+            setattr(self, name, value)
         matrix = simulated.matrix().detach()
         scales, weight = simulated.weight_quantizer.scales, self.spec.weight
         codes = quantize(matrix, scales, weight) if simulated.codes is None else simulated.codes
@@ -158,39 +132,6 @@ class PackedLayer(nn.Module):
             raise DQError("it has no scales yet: static inputs need a calibration first")
         rotation = 0 if self.spec.transform is None else self.spec.transform.rotation
         return simulate(layer, self.spec, transform=Transform(rotation=rotation))
-
-    def _load_input(self, layer: QuantLayer) -> None:
-        if self.input_affine is None:
-            return
-        assert self.spec.input is not None  # it has scales only if it is quantized
-        low = self.spec.input.grid.low
-        parts = []
-        for quantizer in layer.input_quantizers:
-            assert isinstance(quantizer, Quantizer)  # the list holds nothing else
-            scale, zero, _ = quantizer.scales
-            zeros = (torch.zeros_like(scale) if zero is None else zero) - low
-            parts.append(torch.stack([scale, zeros], -1))
-        self.input_affine = torch.cat(parts, 1).view(self.input_affine.shape)
-
-    def _load_stepwise(self, layer: QuantLayer) -> None:
-        for name, wanted in (
-            ("table", self.spec.tabled),
-            ("output_affine", self.spec.output_groups),
-        ):
-            found = getattr(layer, name)
-            if wanted and found is None:
-                raise DQError(f"its {name} over timesteps is not there yet: it needs a calibration")
-            setattr(self, name, found if wanted else None)
-
-    def _load_kept(self, layer: QuantLayer) -> None:
-        if not self.spec.kept_every:
-            return
-        if layer.kept_input is None:
-            raise DQError("it does not know its kept token yet: that needs a calibration first")
-        bias = None if layer.bias is None else layer.bias.detach().float()
-        self.kept_input = layer.kept_input.float()
-        weight = layer.weight.detach().float()
-        self.kept_output = nn.functional.linear(self.kept_input, weight, bias)
 
     def float_weight(self) -> Tensor:
         """Return the weight that the codes stand for, float32, in the layer's own shape."""
@@ -223,16 +164,8 @@ class PackedLayer(nn.Module):
 
     def site(self, device: str) -> Site:
         """Return what a kernel has to do for this layer."""
-        weight, low = self.spec.weight, self.spec.input
-        weight_kind = "int8" if weight.is_int8 else _float_kind(weight)
-        input_kind = "float" if low is None else "other"
-        if low is not None and (low.grid.low < 0 or not low.dynamic):
-            if low.grid.is_integer and low.granularity.kind != "group":
-                input_kind = "int8"
-            elif not self.spec.input_splits:
-                input_kind = _float_kind(low)
-        groups = self.groups if isinstance(self, nn.Conv2d) else 1
-        return Site(self.kind, device, self.rows, self.columns, weight_kind, input_kind, groups)
+        groups = conv_groups(self)
+        return site_of(self.spec, self.kind, device, self.rows, self.columns, groups)
 
     def kernel(self, device: str) -> Kernel | None:
         """Return the kernel for a device type, chosen once; None means unpacking."""
@@ -258,22 +191,6 @@ class PackedLayer(nn.Module):
             dtype = str(self.compute_dtype).removeprefix("torch.")
             return f"unpack to {dtype}, stock kernel{emulated}"
         return f"simulated{emulated}"
-
-    def _describe(self) -> dict[str, Any]:
-        """Return what kernels must know beside the tensors."""
-        weight, low = self.spec.weight, self.spec.input
-        multiplier = weight.scale_grid
-        return {
-            "weight_bits": weight.grid.bits,
-            "columns": self.columns,
-            "multiplier_bits": 0 if multiplier is None else multiplier.bits,
-            "groups": 0 if multiplier is None else self.columns // weight.granularity.size,
-            "input_bits": 0 if low is None else low.grid.bits,
-            "segments": list(self.spec.input_splits),
-            "weight_format": weight.format,
-            "input_format": "" if low is None else low.format,
-            "input_rule": "" if low is None else low.scale_rule,
-        }
 
     def arguments(self) -> Arguments:
         """Return the stored tensors in the form that kernels take."""
@@ -349,7 +266,7 @@ class PackedLayer(nn.Module):
             return self.simulate(x, self.bias)
         trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if trained and torch.is_grad_enabled():
-            return _Differentiable.apply(x, self.bias, self, kernel)  # type: ignore[no-untyped-call]
+            return Differentiable.apply(x, self.bias, self, kernel)  # type: ignore[no-untyped-call]
         if self.remembers and not torch.compiler.is_compiling() and not x.is_inference():
             return self._remembered(kernel, x)
         return self.run(kernel, x)
@@ -404,19 +321,6 @@ class PackedLayer(nn.Module):
         return f"{super().extra_repr()}, {self.spec}"
 
 
-def _float_kind(spec: TensorSpec) -> str:
-    """Return what a tensor of floats is to kernels, "other" for those that none knows."""
-    if not isinstance(spec.grid, FloatFormat) or not formats["e4m3"].contains(spec.grid):
-        return "other"
-    if spec.has_float_blocks:
-        blocks = spec.block_format or "other"
-        # e4m3 holds the levels of all MX elements of 6 and 8 bits but e5m2's.
-        return "mxfp8" if blocks.startswith(("mxfp6", "mxfp8")) else blocks
-    # Kernels find the scale of a token by its largest magnitude.
-    found = not spec.dynamic or spec.observer == "absmax"
-    return "fp8" if spec.granularity.kind != "group" and found else "other"
-
-
 def _scales(affine: Tensor, spec: TensorSpec) -> Scales:
     """Read the scales and the codes of zero of one input segment, `(T, g, 2)`."""
     scale, zero = affine.unbind(-1)
@@ -428,29 +332,3 @@ def _compute_dtype(layer: Layer) -> torch.dtype:
         if tensor is not None and tensor.is_floating_point():
             return tensor.dtype
     return torch.float32
-
-
-class _Differentiable(torch.autograd.Function):
-    """The output of a kernel with the gradient of the simulated form, computed again for it.
-
-    Adapters train on top of packed layers; integer products have no gradient of their own.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, layer: PackedLayer, kernel: Kernel
-    ) -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x, bias)
-        return layer.run(kernel, x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
-        x, bias = (None if t is None else t.detach() for t in ctx.saved_tensors)
-        pairs = ((x, need[0]), (bias, need[1]))
-        wanted = [t.requires_grad_() for t, asked in pairs if asked and t is not None]
-        with torch.enable_grad():
-            y = ctx.layer.simulate(x, bias)
-        found = iter(torch.autograd.grad(y, wanted, gradients[0]))
-        return tuple(next(found) if asked else None for asked in need)

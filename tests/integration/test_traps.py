@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from dq import DQConfig, DQError, DQPipeline
 from dq.nn import PackedConv2d, PackedLinear, packed_layers
-from dq.nn.packed_layer import COMPANIONS
+from dq.nn.stored import COMPANIONS
 from tests.models import MODELS
 from tests.models.parts import finish
 from tests.packed import forward, relative_error, same_state

@@ -26,8 +26,9 @@ from dq.nn import QuantLayer, packed_layers
 from dq.nn.changed import changed_bias, conv_groups, convolved, entered, padded
 from dq.nn.layers import input_channels
 from dq.nn.packed import packed
-from dq.nn.packed_layer import COMPANIONS, PackedLayer
+from dq.nn.packed_layer import PackedLayer
 from dq.nn.simulated import simulate
+from dq.nn.stored import COMPANIONS
 from dq.plan import LayerSpec, Plan
 from dq.presets import input_preset, weight_preset
 from dq.recipe import Recipe

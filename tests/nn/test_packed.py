@@ -7,7 +7,8 @@ from torch import nn
 from dq.distance import relative_error
 from dq.errors import DQError
 from dq.nn.packed import packed
-from dq.nn.packed_layer import COMPANIONS, TENSORS, PackedLayer
+from dq.nn.packed_layer import PackedLayer
+from dq.nn.stored import COMPANIONS, TENSORS
 from dq.plan import LayerSpec
 from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec

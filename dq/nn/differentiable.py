@@ -1,0 +1,46 @@
+"""Gradients through packed layers: adapters train on top of them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dq.kernels import Kernel
+
+__all__ = ["Differentiable"]
+
+
+class _Layer(Protocol):
+    """What is asked of a packed layer here."""
+
+    def run(self, kernel: Kernel, x: Tensor) -> Tensor: ...
+
+    def simulate(self, x: Tensor, bias: Tensor | None) -> Tensor: ...
+
+
+class Differentiable(torch.autograd.Function):
+    """The output of a kernel with the gradient of the simulated form, computed again for it.
+
+    Adapters train on top of packed layers; integer products have no gradient of their own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: _Layer, kernel: Kernel) -> Tensor:
+        """Return what the kernel computes."""
+        ctx.layer = layer
+        ctx.save_for_backward(x, bias)
+        return layer.run(kernel, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of input and bias."""
+        need = ctx.needs_input_grad
+        x, bias = (None if t is None else t.detach() for t in ctx.saved_tensors)
+        pairs = ((x, need[0]), (bias, need[1]))
+        wanted = [t.requires_grad_() for t, asked in pairs if asked and t is not None]
+        with torch.enable_grad():
+            y = ctx.layer.simulate(x, bias)
+        found = iter(torch.autograd.grad(y, wanted, gradients[0]))
+        return tuple(next(found) if asked else None for asked in need)
