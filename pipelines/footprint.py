@@ -14,6 +14,7 @@ from dq.kernels.layout import scratch_bytes
 from dq.nn import matrix_shape, packed_layers
 from dq.nn.layers import input_channels
 from dq.nn.stored import TENSORS
+from dq.plan import LayerSpec
 
 __all__ = ["Footprint", "LayerReport", "footprint", "planned_bytes"]
 
@@ -100,6 +101,14 @@ def planned_bytes(model: nn.Module) -> tuple[int, int]:
     return packed, packed + rest
 
 
+def _input_words(spec: LayerSpec) -> str:
+    words = [str(spec.input or "float")]
+    words += ["1 token kept"] if spec.kept_every else []
+    groups = len(spec.output_groups)
+    words += [f"output corrected in {groups} step groups"] if groups else []
+    return ", ".join(words)
+
+
 def footprint(model: nn.Module) -> Footprint:
     """Count a denoiser, quantized or not."""
     layers = packed_layers(model)
@@ -115,7 +124,7 @@ def footprint(model: nn.Module) -> Footprint:
             LayerReport(
                 name,
                 str(spec.weight),
-                f"{spec.input or 'float'}{', 1 token kept' if spec.kept_every else ''}",
+                _input_words(spec),
                 layer.path(),
                 rows * columns,
                 spec.bytes(rows, columns, input_channels(layer)),

@@ -28,7 +28,7 @@ class Distillation:
 
     Args:
         model: With simulated layers.
-        layers: Names of those that have a local term.
+        layers: Names of those that have a local term; not looked at if these weigh nothing.
         local_weight: Of their sum.
         global_weight: Of the output's term.
         distance: Of two outputs, student's and teacher's, both float32.
@@ -46,7 +46,7 @@ class Distillation:
         autocast: torch.dtype | None = None,
     ) -> None:
         self.model = model
-        self.layers = tuple(layers)
+        self.layers = tuple(layers) if local_weight else ()
         self.local_weight, self.global_weight = local_weight, global_weight
         self.distance, self.autocast = distance, autocast
         self._plain = plain_layers(model)
@@ -58,7 +58,7 @@ class Distillation:
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             output, found = self._run(call)
         total = self.global_weight * self.distance(output.float(), wanted.float())
-        if self.local_weight and self.layers:
+        if self.layers:
             terms = [F.mse_loss(found[n].float(), expected[n].float()) for n in self.layers]
             total = total + self.local_weight * torch.stack(terms).sum()
         return total
