@@ -9,6 +9,7 @@ from dq.calibrate import CalibrationSpec
 from dq.errors import DQError
 from dq.method import methods
 from dq.recipe import Recipe, templates
+from tests.modules import ROOT
 
 STEPS = {"steps": [{"method": "ptq"}]}
 
@@ -127,3 +128,10 @@ def test_mistakes_in_a_file_name_the_file(content: str, text: str, tmp_path: Pat
     path.write_text(content)
     with pytest.raises(DQError, match=text):
         Recipe.get(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "recipes").glob("*.yaml")), ids=str)
+def test_recipes_of_the_documentation_are_recipes(path: Path) -> None:
+    made = Recipe.get(path)
+    assert made.name == path.stem
+    assert Recipe.from_dict(made.to_dict()) == made
