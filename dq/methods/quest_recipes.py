@@ -11,6 +11,7 @@ from dq.method import Method
 from dq.methods.adaround import AdaRound
 from dq.methods.bos import BOS
 from dq.methods.gptq import GPTQ
+from dq.methods.hadamard import Hadamard
 from dq.methods.operands import Operands
 from dq.methods.ptq import PTQ
 from dq.methods.quest import PAPER_CRITICAL, QuEST
@@ -31,15 +32,15 @@ _TREATMENTS: Mapping[str, tuple[Method, ...]] = {
 
 def _build(found: re.Match[str]) -> Recipe:
     weight, low = found["weight"], found["input"]
-    if low == "4":  # groups of an input have scales of their own, so that outliers stay among them
+    if low == "4":  # groups of an input have scales of their own, and outliers are spread in them
         ptq = PTQ(f"int{weight}", "int4-g32", wide_inputs="int8", wide_roles=_WIDE)
     else:
         ptq = PTQ(f"int{weight}", f"int{low}", found["scales"] or "auto", wide_roles=_WIDE)
-    operands = (Operands(),) if low == "4" else ()
+    spread, operands = ((Hadamard(),), (Operands(),)) if low == "4" else ((), ())
     groups = (StepGroups(int(found["groups"])),) if found["groups"] else ()
     rounded = (GPTQ(),) if int(weight) <= GPTQ.widest else ()
     time = found["time"] or "keep"
-    before = (ptq, *_TREATMENTS[time], *groups, BOS(), *operands, *rounded)
+    before = (ptq, *_TREATMENTS[time], *spread, *groups, BOS(), *operands, *rounded)
     return Recipe(found[0], (*before, QuEST(time=time == "align")), _CALIBRATION)
 
 
@@ -54,7 +55,8 @@ for _name, _help in {
     "quest-w4a8": "w4a8 with GPTQ, then the weights of the blocks and all scales are finetuned; "
     "-cache or -align the layers of time, -static -s4 for scales in 4 groups of steps",
     "quest-w8a8": "the same of w8a8",
-    "quest-w4a4": "the same of w4a4, inputs in groups of 32, attention at 8 bits; experimental",
+    "quest-w4a4": "the same of w4a4, inputs rotated and in groups of 32, attention at 8 bits; "
+    "experimental",
 }.items():
     _weight, _input = re.findall(r"\d", _name)[:2]
     _pattern = rf"quest-w(?P<weight>{_weight})a(?P<input>{_input}){_END}"
