@@ -24,7 +24,6 @@ from dq.full_precision import full_precision
 from dq.method import Job, Method, methods
 from dq.methods.step_groups import captured_times, centres
 from dq.nn import QuantLayer
-from dq.nn.steps import ARGUMENT
 from dq.plan import LayerSpec, Plan
 from dq.spec import Granularity, TensorSpec
 
@@ -135,8 +134,10 @@ class PTQD(Method):
         for number, calls in enumerate(batches):
             last = number == len(batches) - 1
             for call in calls:
-                index = _group(call, groups)
                 found = self._outputs(job, name, call, layer.axis)
+                assert layer.steps is not None  # given when its spec got its groups
+                index = layer.steps.nearest(groups)
+                assert isinstance(index, int)  # a pipeline's rows are at one timestep
                 (late if last else early)[index].append(found)
         rows = []
         for index in range(len(groups)):
@@ -156,8 +157,3 @@ class PTQD(Method):
                     run(job.model, call)
         full, quantized = seen
         return Moments.of(full, quantized, axis)
-
-
-def _group(call: Call, groups: tuple[float, ...]) -> int:
-    now = float(torch.as_tensor(call[ARGUMENT]).reshape(-1)[0])
-    return min(range(len(groups)), key=lambda index: abs(groups[index] - now))

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dq.errors import DQError
+from dq.inputs import Seen
 from dq.method import methods
-from dq.methods.changes import FittedChange, Site
-from dq.methods.smoothquant import largest_weights, smoothing
-from dq.transform import Transform
+from dq.methods.smoothquant import Smoothing
 
 __all__ = ["Salience", "rank_correlation", "salience"]
 
@@ -61,28 +59,15 @@ def salience(by_step: Tensor, weights: Tensor) -> Tensor:
 
 @methods.register("salience")
 @dataclass(frozen=True)
-class Salience(FittedChange):
+class Salience(Smoothing):
     """Balance the magnitudes of input channels and their weights over all denoising steps.
 
     The paper leaves out the second layer of feed-forwards. Roles do not tell it from the first, so
-    that this step looks at all of them unless it is told otherwise.
-
-    Args:
-        alpha: Share of the difficulty that weights take over, 0 to 1; 0.5 is the paper's square
-            root.
+    that this step looks at all of them unless it is told otherwise. Its square root is alpha = 0.5.
     """
 
-    alpha: float = 0.5
+    words = "salience balancing"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise DQError(f"alpha is 0 to 1, not {self.alpha}")
-
-    def change(self, site: Site) -> Transform:
-        """See `FittedChange.change`."""
-        self.refuse(site.before, "salience balancing")
-        by_step = site.input.by_step
-        weights = torch.stack([largest_weights(layer) for layer in site.layers.values()]).amax(0)
-        weights = weights.to(by_step.device)
-        return Transform(scale=smoothing(salience(by_step, weights), weights, self.alpha))
+    def magnitudes(self, seen: Seen, weights: Tensor) -> Tensor:
+        """Return the salience; see `Smoothing.magnitudes`."""
+        return salience(seen.by_step, weights)

@@ -5,19 +5,22 @@ Xiao et al. 2023, arXiv 2211.10438, equation 4:  s_j = max|X_j|^alpha / max|W_j|
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dq.errors import DQError
+from dq.inputs import Seen
 from dq.method import methods
 from dq.methods.changes import FittedChange, Site
 from dq.nn.changed import conv_groups
 from dq.nn.layers import Layer
 from dq.transform import Transform
 
-__all__ = ["SmoothQuant", "largest_weights", "smoothing"]
+__all__ = ["SmoothQuant", "Smoothing", "largest_weights", "smoothing"]
 
 _LEAST = 1e-5  # of a magnitude, as a share of the largest: channels that are never used
 
@@ -44,25 +47,46 @@ def smoothing(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
     return scale / scale.log().mean().exp()  # only ratios matter: keep weights near their size
 
 
-@methods.register("smoothquant")
 @dataclass(frozen=True)
-class SmoothQuant(FittedChange):
-    """Move the difficulty of large input channels into weights.
+class Smoothing(FittedChange, ABC):
+    """Move the difficulty of large input channels into weights. Subclasses say how large.
 
     Args:
         alpha: Share of it that weights take over, 0 to 1.
     """
 
     alpha: float = 0.5
+    words: ClassVar[str]  # what errors call it
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise DQError(f"alpha is 0 to 1, not {self.alpha}")
 
+    @abstractmethod
+    def magnitudes(self, seen: Seen, weights: Tensor) -> Tensor:
+        """Return the magnitude of each input channel, `(C,)`.
+
+        Args:
+            seen: What is known of the input.
+            weights: Largest magnitude of the weights that each channel meets, `(C,)`.
+        """
+
     def change(self, site: Site) -> Transform:
         """See `FittedChange.change`."""
-        self.refuse(site.before, "smoothing")
-        reach = torch.maximum(-site.input.range.low, site.input.range.high)
+        self.refuse(site.before, self.words)
         weights = torch.stack([largest_weights(layer) for layer in site.layers.values()]).amax(0)
-        return Transform(scale=smoothing(reach, weights.to(reach.device), self.alpha))
+        weights = weights.to(site.input.by_step.device)
+        return Transform(scale=smoothing(self.magnitudes(site.input, weights), weights, self.alpha))
+
+
+@methods.register("smoothquant")
+@dataclass(frozen=True)
+class SmoothQuant(Smoothing):
+    """Move the difficulty of large input channels into weights."""
+
+    words = "smoothing"
+
+    def magnitudes(self, seen: Seen, weights: Tensor) -> Tensor:
+        """Return the largest ones of the whole calibration; see `Smoothing.magnitudes`."""
+        return torch.maximum(-seen.range.low, seen.range.high)
