@@ -102,10 +102,10 @@ SCHEMA = (
 )
 
 
-def stamp_of(a: Arguments) -> tuple[int, ...]:
-    """Tell one content of the tensors from the next: moved or overwritten ones are another."""
+def stamp_of(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Tell one content of tensors from the next: moved or overwritten ones are another."""
     stamp: list[int] = []
-    for tensor in (a.weight, a.bias, a.input_affine):
+    for tensor in tensors:
         if tensor is not None:
             stamp += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
     return tuple(stamp)

@@ -70,7 +70,7 @@ _prepared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _prepare(a: Arguments) -> _Prepared:
     known: _Prepared | None = _prepared.get(a.weight)
-    stamp = stamp_of(a._replace(input_affine=None))
+    stamp = stamp_of(a.weight, a.bias)
     scales = [] if a.input_affine is None else a.input_affine.tolist()
     if known is None or known.stamp != stamp:
         rows = len(a.weight)
