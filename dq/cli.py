@@ -85,6 +85,7 @@ def quantize(
     from dataclasses import replace
 
     from dq.folders import check_free, new_folder
+    from dq.memory import peak_resident
     from dq.pipelines.pipeline import DQPipeline
     from dq.recipe import Recipe
 
@@ -100,7 +101,7 @@ def quantize(
     with new_folder(output, overwrite) as folder:
         pipe.save_pretrained(folder)
     _remove(work)
-    seconds = time.perf_counter() - start
+    seconds, peak = time.perf_counter() - start, peak_resident()
     if as_json:
         count = pipe.footprint()
         _print_json(
@@ -108,11 +109,13 @@ def quantize(
                 "output": str(output),
                 "recipe": wanted.to_dict(),
                 "seconds": seconds,
+                "peak_bytes": peak,
                 **count.to_dict(),
             }
         )
     else:
-        print(f"{pipe.summary()}\nwritten to {output} in {seconds:.0f} s")
+        memory = "" if peak is None else f", {peak / 1e9:.1f} GB of memory at the peak"
+        print(f"{pipe.summary()}\nwritten to {output} in {seconds:.0f} s{memory}")
 
 
 @app.command()
@@ -369,7 +372,7 @@ def evaluate(
     metrics: Annotated[
         str,
         typer.Option(
-            help="comma-separated: psnr ssim cosine lpips clip fid kid cmmd precision recall"
+            help="comma-separated: psnr ssim cosine lpips sqnr clip fid kid cmmd precision recall"
         ),
     ] = "psnr,ssim,cosine,clip,fid,kid",
     features: Annotated[

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["give_back", "peak_allocated", "peak_growth"]
+__all__ = ["give_back", "peak_allocated", "peak_growth", "peak_resident"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -61,6 +61,14 @@ def peak_allocated(run: Callable[[], object]) -> int | None:
         done.set()
         watcher.join()
     return max(0, max(peak, _field("RssAnon")) - before)
+
+
+def peak_resident() -> int | None:
+    """Return the most memory that this process ever had at a time, bytes, libraries included.
+
+    None where the system does not tell: it takes Linux.
+    """
+    return _field("VmHWM") or None if sys.platform.startswith("linux") else None
 
 
 def give_back() -> None:

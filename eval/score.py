@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq.distance import sqnr
 from dq.errors import DQError, unknown
 from dq.eval.clip import Clip
 from dq.eval.features import Extractor
@@ -36,8 +37,9 @@ _PAIRED: dict[str, Callable[[Tensor, Tensor], Paired]] = {
     "ssim": paired_ssim,
     "lpips": paired_lpips,
 }
-METRICS = ("psnr", "ssim", "cosine", "lpips", "clip", *DISTANCES)
+METRICS = ("psnr", "ssim", "cosine", "lpips", "sqnr", "clip", *DISTANCES)
 _BATCH = 32
+_MOST_SQNR = 200.0  # of equal outputs, so that JSON has a number
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,15 @@ class Side:
         files: One a prompt.
         prompts: What was drawn.
         latents: What was decoded, `(N, ...)`, or None.
+        outputs: What the denoiser put out on arguments that are the same on both sides, any shape,
+            or None.
     """
 
     name: str
     files: Sequence[Path]
     prompts: Sequence[str]
     latents: Tensor | None = None
+    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,8 @@ def _pair(found: _Found, side: Side, full: Side, metrics: Sequence[str]) -> None
         found.each(name, Paired(tuple(values[name])))
     if "cosine" in metrics and side.latents is not None and full.latents is not None:
         found.each("cosine", paired_cosine(side.latents, full.latents))
+    if "sqnr" in metrics and side.outputs is not None and full.outputs is not None:
+        found.metrics["sqnr"] = min(sqnr(side.outputs, full.outputs), _MOST_SQNR)
 
 
 def _clip_scores(clip: Clip, files: Sequence[Path], texts: Tensor) -> tuple[float, ...]:

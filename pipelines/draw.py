@@ -126,9 +126,15 @@ def _quiet(pipe: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PipelineSource:
-    """Makes the denoiser of a pipeline run, for calibration; see `dq.calibrate.Source`."""
+    """Makes the denoiser of a pipeline run, for calibration; see `dq.calibrate.Source`.
+
+    Args:
+        pipe: The pipeline.
+        guidance: Guidance scale; None for the pipeline's own default.
+    """
 
     pipe: Any
+    guidance: float | None = None
 
     def batches(self, spec: CalibrationSpec) -> int:
         """Return how many batches there are."""
@@ -149,7 +155,7 @@ class PipelineSource:
         indices = range(batch * spec.batch, min((batch + 1) * spec.batch, spec.n))
         chosen = [prompts[i] for i in indices]
         seeds = [spec.seed + i for i in indices]
-        drawn = draw(self.pipe, chosen, seeds, spec.steps, None, spec.batch, output_type)
+        drawn = draw(self.pipe, chosen, seeds, spec.steps, self.guidance, spec.batch, output_type)
         return torch.stack([torch.as_tensor(image).float().cpu() for image in drawn])
 
     def _prompts(self, spec: CalibrationSpec) -> Sequence[str]:
@@ -168,6 +174,7 @@ class PipelineSource:
         return {
             "calibration": dataclasses.asdict(spec),
             "prompts": list(repeated(self._prompts(spec), spec.n)),
+            "guidance": self.guidance,
             "scheduler": [type(pipe.scheduler).__name__, repr(dict(pipe.scheduler.config))],
             "encoders": {
                 name: fingerprint(part, {})

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,8 @@ def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = dq("quantize", folder, "-r", "w4a8", "-o", output, *SHORT)
     assert done.returncode == 0, done.stderr
     assert "bits     4." in done.stdout
+    if sys.platform == "linux":
+        assert re.search(r" in \d+ s, \d+\.\d GB of memory at the peak\n$", done.stdout)
     return output
 
 

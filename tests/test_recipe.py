@@ -33,6 +33,15 @@ def test_recipes_survive_json_and_yaml(name: str, tmp_path: Path) -> None:
     assert Recipe.get(str(tmp_path / "recipe.yaml")) == recipe
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "docs" / "recipes").iterdir()), ids=lambda f: f.stem
+)
+def test_recipes_of_the_documentation_are_read(file: Path) -> None:
+    recipe = Recipe.get(file)
+    assert recipe.name == file.stem
+    assert recipe.steps
+
+
 @pytest.mark.parametrize("name", methods.names())
 def test_every_method_is_frozen_and_works_by_default(name: str) -> None:
     recipe = Recipe.from_dict({"steps": [{"method": name}]})

@@ -80,11 +80,12 @@ def test_a_checkpoint_and_a_reference(scored: tuple[Path, Done], tmp_path: Path)
         == 0
     )
     reference = folder / "full"
-    words = ("--metrics", "fid,kid", "--reference", reference, "--json", "-o", folder)
+    words = ("--metrics", "fid,kid,sqnr", "--reference", reference, "--json", "-o", folder)
     done = dq("eval", tmp_path / "packed", "--against", "emoji-unet", *FAST, *words)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
-    assert set(values["metrics"]) == {"fid", "kid", "fid-reference", "kid-reference"}
+    assert set(values["metrics"]) == {"fid", "kid", "fid-reference", "kid-reference", "sqnr"}
+    assert 10 < values["metrics"]["sqnr"] < 30
     assert values["baseline"]["fid-reference"] == pytest.approx(0, abs=1e-2)
     (candidate,) = values["candidates"]
     files = list((tmp_path / "packed" / "unet").glob("*.safetensors"))

@@ -14,9 +14,11 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 import dq
 from dq import checkpoints
+from dq.calibrate import Call
 from dq.errors import DQError, unknown
 from dq.eval.clip import Clip
 from dq.eval.features import Extractor, extractors
@@ -28,6 +30,7 @@ from dq.pipelines.gallery import Gallery, Settings
 from dq.pipelines.pipeline import DQPipeline, resolve
 from dq.recipe import templates
 from dq.scoring.page import write_page
+from dq.scoring.replay import captured, outputs
 from dq.scoring.report import FULL, Candidate, Report
 from dq.work import fingerprint
 
@@ -102,8 +105,10 @@ def run(
         "bits": pipe.footprint().average_weight_bits or 8.0 * asked.dtype.itemsize,
         "megabytes": pipe.footprint().stored_bytes / 1e6,
     }
+    calls = captured(pipe, settings) if "sqnr" in asked.metrics else []
+    exact = outputs(pipe, calls) if calls else None
     del pipe
-    drawn = [_draw(model, against, folder, settings, asked) for model in models]
+    drawn = [_draw(model, against, folder, settings, asked, calls) for model in models]
     shown = _drawn_reference(asked, folder, settings, prompts)
     state = PartialState()
     state.wait_for_everyone()
@@ -116,22 +121,23 @@ def run(
         else:
             name = str(asked.reference)
             reference = Reference.of_files(name, shown.files, extractor, asked.skip_bad)
-    other = Side(FULL, full.files, settings.prompts, full.latents())
+    other = Side(FULL, full.files, settings.prompts, full.latents(), exact)
     candidates = []
-    for gallery, weighed in drawn:
-        side = Side(gallery.folder.name, gallery.files, settings.prompts, gallery.latents())
+    for gallery, replayed, weighed in drawn:
+        name = gallery.folder.name
+        side = Side(name, gallery.files, settings.prompts, gallery.latents(), replayed)
         found = score(side, other, asked.metrics, extractor, clip, reference)
         time, full_time = (_per_image(g) for g in (gallery, full))
         per_step = time / settings.steps
         candidates.append(
-            Candidate(gallery.folder.name, found, **weighed, seconds_per_image=time,
+            Candidate(name, found, **weighed, seconds_per_image=time,
                       full_seconds_per_image=full_time, seconds_per_step=per_step)
         )  # fmt: skip
     report = Report(
         weight, _facts(settings, asked, extractor, clip, reference), tuple(candidates), folder
     )
     (folder / "scores.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    write_page(report, full, [gallery for gallery, _ in drawn])
+    write_page(report, full, [gallery for gallery, *_ in drawn])
     return report
 
 
@@ -173,9 +179,9 @@ def _gallery(pipe: Any, model: str, folder: Path, settings: Settings) -> Gallery
 
 
 def _draw(
-    model: str, against: str, folder: Path, settings: Settings, asked: Asked
-) -> tuple[Gallery, dict[str, Any]]:
-    """Return a candidate's gallery, drawn, and what it weighs."""
+    model: str, against: str, folder: Path, settings: Settings, asked: Asked, calls: Sequence[Call]
+) -> tuple[Gallery, Tensor | None, dict[str, Any]]:
+    """Return a candidate's gallery, drawn, what it puts out on calls, and what it weighs."""
     recipe = _is_recipe(model)
     source, wanted = (against, model) if recipe else (model, None)
     pipe = DQPipeline.from_pretrained(source, wanted, dtype=asked.dtype).to(asked.device)
@@ -184,14 +190,19 @@ def _draw(
     gallery.draw(pipe)
     count, growth = pipe.footprint(), gallery.peak_bytes()
     float_bits = 8.0 * asked.dtype.itemsize
-    return gallery, {
-        "stored_bytes": count.stored_bytes,
-        "bytes_on_disk": _files(source, pipe) if not recipe else None,
-        "average_weight_bits": count.average_weight_bits or float_bits,
-        "attention": "; ".join(count.attention) or "float",
-        "compute_paths": {path: layers for path, (layers, _) in count.paths().items()},
-        "peak_megabytes": None if growth is None else (count.resident_bytes + growth) / 1e6,
-    }
+    replayed = outputs(pipe, calls) if calls else None
+    return (
+        gallery,
+        replayed,
+        {
+            "stored_bytes": count.stored_bytes,
+            "bytes_on_disk": _files(source, pipe) if not recipe else None,
+            "average_weight_bits": count.average_weight_bits or float_bits,
+            "attention": "; ".join(count.attention) or "float",
+            "compute_paths": {path: layers for path, (layers, _) in count.paths().items()},
+            "peak_megabytes": None if growth is None else (count.resident_bytes + growth) / 1e6,
+        },
+    )
 
 
 def _files(model: str, pipe: Any) -> int | None:

@@ -27,7 +27,7 @@ def side(folder: Path, name: str, noise: int) -> Side:
         files.append(folder / name / f"{index}.png")
         Image.fromarray(array).save(files[-1])
     latents = torch.from_numpy(base + grain).float()
-    return Side(name, files, PROMPTS, latents)
+    return Side(name, files, PROMPTS, latents, latents.flatten())
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_all_metrics_see_more_noise(sides: list[Side], extractor, clip: Clip) ->
     names = [name for name in METRICS if name != "lpips"]
     near, far = (score(each, full, names, extractor, clip) for each in (some, much))
     assert set(near.metrics) == set(names)
-    for name in ("psnr", "ssim", "cosine"):
+    for name in ("psnr", "ssim", "cosine", "sqnr"):
         assert near.metrics[name] > far.metrics[name]
     for name in ("fid", "kid", "cmmd"):
         assert near.metrics[name] < far.metrics[name]
@@ -63,8 +63,9 @@ def test_all_metrics_see_more_noise(sides: list[Side], extractor, clip: Clip) ->
 
 
 def test_a_side_against_itself(sides: list[Side], extractor, clip: Clip) -> None:
-    found = score(sides[0], sides[0], (*METRICS[:3], "clip", "fid", "kid"), extractor, clip)
+    found = score(sides[0], sides[0], (*METRICS[:3], "sqnr", "clip", "fid", "kid"), extractor, clip)
     assert found.metrics["psnr"] == 100
+    assert found.metrics["sqnr"] == 200
     assert found.metrics["ssim"] == pytest.approx(1, abs=1e-4)
     assert found.metrics["fid"] == pytest.approx(0, abs=1e-3)
     assert found.metrics["kid"] == pytest.approx(0, abs=1e-6)
