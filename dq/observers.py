@@ -119,7 +119,7 @@ class MSE(_Sampled):
         x = self.sample()
         best_error, best = torch.full_like(low, torch.inf), torch.ones_like(low)
         for shrink in self.shrinks:
-            scale, zero, _ = scales_of_range(low * shrink, high * shrink, self.spec)
+            scale, zero, *_ = scales_of_range(low * shrink, high * shrink, self.spec)
             levels = x / scale[:, None]
             if zero is None:
                 rounded = self.spec.grid.round(levels)

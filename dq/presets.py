@@ -6,6 +6,9 @@ A name is a format, a size of groups perhaps, and perhaps a rule to find their s
 |-----------------------------------|-----------------------------------------------------------|
 | "int8", "int4", "int4-g64"        | integers; up to 4 bits with two-level scales for groups   |
 | "e4m3", "e2m1", "e3m4", "nf4-g64" | floats and others, by channel or with a float32 a group   |
+| "binary", "binary-g128"           | signs, with a scale a channel, or two-level ones          |
+| "binary-x2", "binary-g64-x3"      | sums of scaled signs; each basis has its own float32      |
+| "ternary", "ternary-g64"          | -1, 0, 1, likewise                                        |
 | "mxfp4", "mxfp6", "mxfp8"         | OCP MX blocks of 32; "mxfp6-e3m2", "mxfp8-e5m2"           |
 | "nvfp4"                           | blocks of 16 with e4m3 scales                             |
 | "nvfp4-four-six", "mxfp4-rceil"   | the same, scales found by a rule of `dq.blocks`           |
@@ -25,10 +28,11 @@ __all__ = ["FLOAT", "input_preset", "weight_preset"]
 
 FLOAT = "float"  # the name of a tensor that is not quantized
 _GROUP = 32  # weights that share a scale where no other number is asked for
+_SIGN_MULTIPLIER = "uint6"  # of groups of signs, 1 to 64: 128 would leave int8
 _WIDEST_GROUPED = 4  # integer codes leave room for a multiplier up to here
 _RULES = ("floor", "ceil", "even", "rceil", "nearest", "four-six", "search")
 _NAME = re.compile(
-    rf"(?P<name>[a-z0-9]+(-e\dm\d)?)(-g(?P<group>\d+))?(-(?P<rule>{'|'.join(_RULES)}))?"
+    rf"(?P<name>[a-z0-9]+(-e\dm\d)?)(-g(?P<group>\d+))?(-x(?P<bases>\d))?(-(?P<rule>{'|'.join(_RULES)}))?"
 )
 
 
@@ -40,6 +44,7 @@ class _Parts(NamedTuple):
     name: str
     group: int | None
     rule: str | None
+    bases: int
 
 
 def _parts(name: str, what: str) -> _Parts:
@@ -52,7 +57,10 @@ def _parts(name: str, what: str) -> _Parts:
     if found["group"] is not None and blocks is not None:
         raise DQError(f"{name}: {found['name']} has blocks of {blocks.size}")
     group = None if found["group"] is None else int(found["group"])
-    return _Parts(found["name"], group, found["rule"])
+    bases = int(found["bases"] or 1)
+    if bases != 1 and found["name"] != "binary":
+        raise DQError(f"{name}: only binary adds up bases")
+    return _Parts(found["name"], group, found["rule"], bases)
 
 
 def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
@@ -66,7 +74,7 @@ def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
     Raises:
         DQError: If there is no such format, or it takes no groups.
     """
-    base, group, rule = _parts(name, "weight")
+    base, group, rule, bases = _parts(name, "weight")
     if base in BLOCK_FORMATS:
         return _in_blocks(base, rule or "search", dynamic=False)
     grid = formats[base]
@@ -74,7 +82,10 @@ def weight_preset(name: str, observer: str = "mse") -> TensorSpec:
         raise DQError(f"weights are signed; {name} is not")
     if not isinstance(grid, IntFormat):
         granularity = Granularity("group", group) if group else Granularity("channel")
-        return TensorSpec(grid.name, granularity, observer=observer)
+        whole = _SIGN_MULTIPLIER if group and grid.is_integer and bases == 1 else "float32"
+        return TensorSpec(
+            grid.name, granularity, observer=observer, scale_format=whole, bases=bases
+        )
     if group and grid.bits > _WIDEST_GROUPED:
         raise DQError(
             f"{name}: {grid.bits}-bit integers take no groups, code times multiplier would leave "
@@ -104,7 +115,7 @@ def input_preset(
     Raises:
         DQError: If there is no such format.
     """
-    base, group, rule = _parts(name, "input")
+    base, group, rule, _ = _parts(name, "input")
     if base in BLOCK_FORMATS:
         cheap = _RUN_TIME_RULES[BLOCK_FORMATS[base].scale_format]
         return _in_blocks(base, rule or cheap, dynamic=True)

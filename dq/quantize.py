@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dq.bases import decode_signs, encode_signs, fit_signs
 from dq.blocks import float_blocks, integer_blocks, outer_scale
 from dq.errors import DQError
 from dq.observers import observers
@@ -24,6 +25,7 @@ _STRIP = 1 << 18  # elements worked on together
 # The largest value of a row, divided by the scale that was made of it, may come out a rounding
 # error above the last level. It does not saturate, and its gradient must not be lost.
 _EDGE = 1 + 1e-6
+_NOT_FINITE = "the tensor holds values that are not finite; repair the model or its inputs"
 
 
 def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
@@ -47,7 +49,7 @@ def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
         return Scales.stack([_ranged(x[part], spec) for part in _strips(x)])
     reach = x.abs().amax(1, keepdim=True)
     if not bool(reach.isfinite().all()):
-        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
+        raise DQError(_NOT_FINITE)
     outer = Scales(outer_scale(reach, spec))
     found = [
         float_blocks(_blocks(x[part].float(), spec), outer.rows(part).scale, spec)
@@ -65,6 +67,11 @@ def _strips(x: Tensor) -> Iterator[slice]:
 def _ranged(x: Tensor, spec: TensorSpec) -> Scales:
     """Choose by the range that the spec's observer finds."""
     parts = _blocks(x.float(), spec)
+    if spec.is_binary:
+        if not bool(parts.isfinite().all()):
+            raise DQError(_NOT_FINITE)
+        scales = fit_signs(parts, spec.bases, not spec.symmetric)
+        return scales if spec.scale_grid is None else integer_blocks(parts, scales.scale, spec)
     shape = parts.shape[:2]
     observer = observers[spec.observer](spec)
     observer.update(parts.flatten(0, 1))
@@ -82,7 +89,8 @@ def _blocks(x: Tensor, spec: TensorSpec) -> Tensor:
 def _valueless(shape: tuple[int, ...], spec: TensorSpec) -> Scales:
     full = torch.empty(shape, device="meta")
     if spec.scale_grid is None:
-        return Scales(full, None if spec.symmetric else full)
+        more = torch.empty(*shape, spec.bases - 1, device="meta") if spec.bases > 1 else None
+        return Scales(full, None if spec.symmetric else full, None, more)
     return Scales(full[: None if spec.outer_by_row else 1, :1], None, full)
 
 
@@ -93,6 +101,10 @@ def quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
         return codes
     for part in _strips(x):
         mine = scales.rows(part)
+        if spec.is_binary:
+            blocks = _blocks(x[part].float(), spec)
+            codes[part] = encode_signs(blocks, mine).view(x[part].shape)
+            continue
         levels = _blocks(x[part].float(), spec) / mine.step.unsqueeze(-1)
         codes[part] = spec.grid.encode(_shifted(levels, mine)).view(x[part].shape)
     return codes
@@ -105,6 +117,8 @@ def _shifted(levels: Tensor, scales: Scales) -> Tensor:
 
 def dequantize(codes: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     """Return the float32 matrix `(R, K)` that uint8 `codes` stand for."""
+    if spec.is_binary:
+        return decode_signs(_blocks(codes, spec), scales).view(codes.shape)
     levels = _blocks(spec.grid.decode(codes), spec)
     if scales.zero is not None:
         levels = levels - scales.zero.unsqueeze(-1)
@@ -126,8 +140,9 @@ class _StraightThrough(torch.autograd.Function):
 def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     """Quantize and dequantize a matrix, with straight-through gradients.
 
-    The gradient to `x` is 1 where the value falls on the grid and 0 where it saturates; scales get
-    theirs from the same expression (LSQ, Esser et al. 2020, arXiv 1902.08153, equation 3).
+    The gradient to `x` is 1 where the value falls on the grid and 0 where it saturates, which signs
+    do nowhere; scales get theirs from the same expression (LSQ, Esser et al. 2020, arXiv
+    1902.08153, equation 3).
 
     Args:
         x: `(R, K)` floating point.
@@ -137,6 +152,14 @@ def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     Returns:
         `(R, K)` float32, equal to `dequantize(quantize(x))`.
     """
+    if spec.is_binary:
+        parts = _blocks(x.float(), spec)
+        value = decode_signs(encode_signs(parts.detach(), scales), scales)
+        return (
+            (value + (parts - parts.detach())).view(x.shape)
+            if x.requires_grad
+            else value.view(x.shape)
+        )
     step = scales.step.unsqueeze(-1)
     levels = _blocks(x.float(), spec) / step
     with torch.no_grad():

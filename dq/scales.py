@@ -15,18 +15,20 @@ __all__ = ["Scales", "scales_of_range", "usable"]
 
 
 class Scales(NamedTuple):
-    """Scales of an `(R, K)` matrix: x ~ step * (level - zero).
+    """Scales of an `(R, K)` matrix: x ~ step * (level - zero), plus what further bases add.
 
     Attributes:
         scale: `(r, g)` float32, positive; `(r, 1)` or `(1, 1)` when there are multipliers.
-        zero: `(r, g)` float32 whole levels, or None for symmetric specs.
+        zero: `(r, g)` float32 whole levels, of binary formats any number; None for symmetric specs.
         multiplier: `(r, g)` float32, what the spec's `scale_format` can write; None for scales of
             one level. See `dq.blocks`.
+        more: `(r, g, bases - 1)` float32, the scales of further bases, or None. See `dq.bases`.
     """
 
     scale: Tensor
     zero: Tensor | None = None
     multiplier: Tensor | None = None
+    more: Tensor | None = None
 
     @property
     def step(self) -> Tensor:
@@ -42,10 +44,12 @@ class Scales(NamedTuple):
         """Join the scales of consecutive rows."""
         zeros = [p.zero for p in parts if p.zero is not None]
         multipliers = [p.multiplier for p in parts if p.multiplier is not None]
+        more = [p.more for p in parts if p.more is not None]
         return cls(
             torch.cat([p.scale for p in parts]),
             torch.cat(zeros) if zeros else None,
             torch.cat(multipliers) if multipliers else None,
+            torch.cat(more) if more else None,
         )
 
 

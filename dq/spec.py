@@ -105,6 +105,8 @@ class TensorSpec:
             inputs stay exact (the QServe construction, arXiv 2405.04532, section 4.2). "e8m0":
             powers of two (OCP MX). "e4m3": times a float32 for the whole tensor (NVFP4).
         scale_rule: How such scales are found; see `dq.blocks`.
+        bases: How many scaled signs the format "binary" adds up; see `dq.bases`. With asymmetric
+            ones an offset is added.
         step_groups: Timesteps, ascending: a static input then has scales for each of them, and a
             call those of the nearest. Empty for the same ones at every timestep.
     """
@@ -117,13 +119,22 @@ class TensorSpec:
     scale_format: str = "float32"
     scale_rule: str = "search"
     step_groups: tuple[float, ...] = ()
+    bases: int = 1
 
     def __post_init__(self) -> None:
         grid = self.grid
         if grid.low > 0:
             raise DQError(f"{self.format} has no zero: it is for scales, not for values")
-        if not self.symmetric and not isinstance(grid, IntFormat):
-            raise DQError(f"asymmetric {self.format}: only integer formats have a zero point")
+        if not self.symmetric and not (isinstance(grid, IntFormat) or self.is_binary):
+            raise DQError(
+                f"asymmetric {self.format}: only integers have a zero point, signs an offset"
+            )
+        if not 1 <= self.bases <= 8:
+            raise DQError(f"bases is 1 to 8, not {self.bases}")
+        if self.bases > 1 and not self.is_binary:
+            raise DQError(f"{self.bases} bases: only the format binary adds them up")
+        if self.is_binary and (self.dynamic or self.granularity.kind not in ("channel", "group")):
+            raise DQError("binary is for weights, by channel or group: inputs have 2 bits or more")
         if list(self.step_groups) != sorted(set(self.step_groups)):
             raise DQError(f"step groups are ascending timesteps, not {self.step_groups}")
         if self.dynamic and self.step_groups:
@@ -152,7 +163,10 @@ class TensorSpec:
         grid = self.grid
         if self.granularity.kind != "group" or not self.symmetric or not grid.is_integer:
             raise DQError("integer scales need a symmetric integer format with groups")
-        if -grid.low * (multiplier.high + 1) > 128:
+        if self.bases > 1:
+            raise DQError("the groups of several bases have float32 scales, each basis its own")
+        most = multiplier.high + 1
+        if -grid.low * most > 128 or grid.high * most > 127:
             raise DQError(
                 f"{self.format} codes times {self.scale_format} multipliers leave the int8 range; "
                 f"at most {8 - grid.bits} bits of multiplier fit {grid.bits}-bit codes"
@@ -162,6 +176,16 @@ class TensorSpec:
     def grid(self) -> Format:
         """The format itself."""
         return formats[self.format]
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether values are sums of scaled signs."""
+        return self.format == "binary"
+
+    @property
+    def code_bits(self) -> int:
+        """Width of the code of one element."""
+        return self.grid.bits * self.bases
 
     @property
     def scale_grid(self) -> Format | None:
@@ -187,9 +211,8 @@ class TensorSpec:
     @property
     def is_int8(self) -> bool:
         """Whether a weight is signed integers of at most 8 bits, multipliers included, by row."""
-        grid = self.grid
-        signed = isinstance(grid, IntFormat) and grid.signed
-        return signed and self.symmetric and self.scaled_by_row
+        whole = self.grid.is_integer and self.grid.low < 0 and self.bases == 1
+        return whole and self.symmetric and self.scaled_by_row
 
     @property
     def outer_by_row(self) -> bool:
@@ -203,10 +226,10 @@ class TensorSpec:
 
         Integers, but with a scale for every single channel that is summed over; floats by tensor,
         channel or token whose levels are all e4m3 or e5m2 ones (e2m1, e2m3 and e3m2 are); MX and
-        NVFP4 blocks.
+        NVFP4 blocks; signs, of one basis.
         """
         if self.grid.is_integer:
-            return self.granularity.size != 1
+            return self.granularity.size != 1 and self.bases == 1
         if self.has_float_blocks:
             return self.block_format is not None
         return self.granularity.kind != "group" and any(
@@ -216,7 +239,9 @@ class TensorSpec:
     def bytes(self, rows: int, columns: int) -> int:
         """Return how many bytes a `(rows, columns)` matrix takes: codes, scales and zero points."""
         r, g = self.granularity.blocks(rows, columns)
-        total = rows * packed_length(columns, self.grid.bits)
+        total = rows * packed_length(columns, self.code_bits)
+        if self.is_binary and self.scale_grid is None:
+            return total + 4 * r * g * (self.bases + (not self.symmetric))
         if self.scale_grid is None:
             total += 4 * r * g
         else:
@@ -254,6 +279,7 @@ class TensorSpec:
 
     def __str__(self) -> str:
         words = [self.format, str(self.granularity)]
+        words += [f"of {self.bases} bases"] if self.bases > 1 else []
         words += [] if self.symmetric else ["asymmetric"]
         words += ["dynamic"] if self.dynamic else []
         words += [] if self.scale_grid is None else [f"{self.scale_format} scales"]

@@ -23,6 +23,12 @@ def _weights() -> Iterator[TensorSpec]:
             yield TensorSpec(name, granularity)
             if isinstance(grid, IntFormat):
                 yield TensorSpec(name, granularity, symmetric=False)
+    for granularity in (Granularity("channel"), Granularity("group", GROUP)):
+        for bases in (1, 2, 3):
+            yield TensorSpec("binary", granularity, bases=bases)
+            yield TensorSpec("binary", granularity, symmetric=False, bases=bases)
+    for name in ("binary", "ternary"):
+        yield TensorSpec(name, Granularity("group", GROUP), scale_format="uint6")
     for bits in range(2, 7):
         grouped = Granularity("group", GROUP)
         yield TensorSpec(f"int{bits}", grouped, scale_format=f"uint{8 - bits}")
@@ -44,7 +50,7 @@ def _float_blocks(dynamic: bool) -> Iterator[TensorSpec]:
 
 def _inputs() -> Iterator[TensorSpec]:
     for name, grid in formats.items():
-        if grid.low > 0:
+        if grid.low > 0 or grid.bits == 1:
             continue
         yield TensorSpec(name, Granularity("tensor"))
         if isinstance(grid, IntFormat):
@@ -73,6 +79,8 @@ def layer_specs(splits: tuple[int, ...] = ()) -> tuple[LayerSpec, ...]:
         TensorSpec("int4", grouped, scale_format="uint4"),
         TensorSpec("e4m3", Granularity("channel")),
         TensorSpec("e2m1", grouped),
+        TensorSpec("binary", Granularity("channel")),
+        TensorSpec("binary", grouped, bases=2),
     ):
         for low in INPUTS:
             try:

@@ -18,7 +18,7 @@ def ranges(name: str, *tensors: torch.Tensor, spec: TensorSpec = SPEC):
 
 
 def error(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> float:
-    scale, zero, _ = scales_of_range(low, high, spec)
+    scale, zero, *_ = scales_of_range(low, high, spec)
     zero = 0 if zero is None else zero[:, None]
     levels = x / scale[:, None] + zero
     return float((((spec.grid.round(levels) - zero) * scale[:, None]) - x).square().mean())

@@ -31,7 +31,7 @@ def test_fake_quantize_is_dequantize_of_quantize(spec: TensorSpec, dtype: torch.
     codes = quantize(x, scales, spec)
     assert codes.dtype == torch.uint8
     assert codes.shape == x.shape
-    assert int(codes.max()) < 1 << spec.grid.bits
+    assert int(codes.max()) < 1 << spec.code_bits
     expected = dequantize(codes, scales, spec)
     assert expected.dtype == torch.float32
     assert torch.equal(fake_quantize(x, scales, spec), expected)
@@ -72,7 +72,7 @@ def test_quantizing_again_changes_nothing(spec: TensorSpec) -> None:
 def test_scales_have_the_documented_shapes(spec: TensorSpec) -> None:
     x = matrix((6, 40), 2)
     blocks = spec.granularity.blocks(6, 40)
-    scale, zero, multiplier = choose_scales(x, spec)
+    scale, zero, multiplier, more = scales = choose_scales(x, spec)
     two_level = spec.scale_grid is not None
     outer = (6 if spec.outer_by_row else 1, 1)
     assert scale.shape == (outer if two_level else blocks)
@@ -81,14 +81,18 @@ def test_scales_have_the_documented_shapes(spec: TensorSpec) -> None:
     assert zero is None or zero.shape == blocks
     assert (multiplier is not None) == two_level
     assert multiplier is None or multiplier.shape == blocks
+    assert (more is not None) == (spec.bases > 1)
+    assert more is None or more.shape == (*blocks, spec.bases - 1)
     on_meta = choose_scales(x.to("meta"), spec)
-    for value, meta in zip((scale, zero, multiplier), on_meta, strict=True):
+    for value, meta in zip(scales, on_meta, strict=True):
         assert (value is None) == (meta is None)
         assert value is None or (meta.is_meta and meta.shape == value.shape)
 
 
 @given(
-    st.sampled_from([s for s in ALL if s.grid.is_integer and s.scale_format == "float32"]),
+    st.sampled_from(
+        [s for s in ALL if isinstance(s.grid, IntFormat) and s.scale_format == "float32"]
+    ),
     sizes,
     st.integers(0, 999),
     st.sampled_from([1e-4, 1.0, 1e4]),
@@ -196,6 +200,9 @@ def test_gradients_are_one_inside_and_zero_outside(spec: TensorSpec) -> None:
     scales = choose_scales(matrix((4, 40), 5), spec)
     x = (matrix((4, 40), 6) * 4).requires_grad_()
     fake_quantize(x, scales, spec).sum().backward()
+    if spec.is_binary:
+        assert torch.equal(x.grad, torch.ones_like(x))  # signs have no end
+        return
     step = scales.step.repeat_interleave(40 // scales.step.shape[1], 1)
     levels = x.detach() / step
     if scales.zero is not None:

@@ -34,7 +34,7 @@ def test_a_symmetric_range_ends_at_the_last_level(name: str, a: float, b: float)
 def test_an_asymmetric_range_and_zero_lie_on_the_grid(name: str, a: float, b: float) -> None:
     spec = TensorSpec(name, TENSOR, symmetric=False)
     low, high = min(a, b), max(a, b)
-    scale, zero, multiplier = scales_of_range(one(low), one(high), spec)
+    scale, zero, multiplier, _ = scales_of_range(one(low), one(high), spec)
     assert multiplier is None
     assert scale > 0
     assert zero == zero.round()
@@ -48,9 +48,9 @@ def test_an_asymmetric_range_and_zero_lie_on_the_grid(name: str, a: float, b: fl
 
 def test_a_range_beside_zero_is_widened_to_it() -> None:
     spec = TensorSpec("uint8", TENSOR, symmetric=False)
-    scale, zero, _ = scales_of_range(one(10.0), one(20.0), spec)
+    scale, zero, *_ = scales_of_range(one(10.0), one(20.0), spec)
     assert (float(scale), float(zero)) == (pytest.approx(20 / 255), 0.0)
-    scale, zero, _ = scales_of_range(one(-20.0), one(-10.0), spec)
+    scale, zero, *_ = scales_of_range(one(-20.0), one(-10.0), spec)
     assert (float(scale), float(zero)) == (pytest.approx(20 / 255), 255.0)
 
 

@@ -108,7 +108,7 @@ def test_what_hardware_multiplies_is_told_from_what_is_emulated(
     ("arguments", "text"),
     [
         ({"format": "int9"}, "unknown format 'int9'. Did you mean 'int"),
-        ({"format": "e4m3", "symmetric": False}, "asymmetric e4m3: only integer formats"),
+        ({"format": "e4m3", "symmetric": False}, "asymmetric e4m3: only integers"),
         ({"scale_format": "int4"}, "'int4' is not float32, an unsigned integer format, e8m0"),
         ({"scale_format": "e2m1"}, "'e2m1' is not float32, an unsigned integer format, e8m0"),
         ({"scale_format": "e4m3"}, "e4m3 scales need a symmetric format with groups"),

@@ -105,7 +105,7 @@ def run(
 def _widths(trial: Trial) -> dict[str, int]:
     """Return the bits of each weight format."""
     tables = trial.probe.candidates.weights.values()
-    return {name: spec.grid.bits for table in tables for name, spec in table.items()}
+    return {name: spec.code_bits for table in tables for name, spec in table.items()}
 
 
 def _uniform(trial: Trial) -> list[Point]:

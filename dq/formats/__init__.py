@@ -52,7 +52,7 @@ for _format in (
     FloatFormat("e5m2", 8, exponent=5, mantissa=2, bias=15, largest=57344.0),
     PowerFormat("e8m0", 8),
     LevelFormat("binary", 1, listed=(-1.0, 1.0)),
-    LevelFormat("ternary", 2, listed=(-1.0, 0.0, 1.0)),
+    LevelFormat("ternary", 2, listed=(-1.0, 0.0, 1.0), first=1),  # the codes of int2
     LevelFormat("nf4", 4, listed=_NF4),
 ):
     formats.add(_format.name, _format)

@@ -42,7 +42,7 @@ class Format(ABC):
 
     @property
     def is_integer(self) -> bool:
-        """Whether levels are consecutive integers, so that products can be summed in integers."""
+        """Whether levels are whole numbers, so that products can be summed in integers."""
         return False
 
     @abstractmethod

@@ -45,7 +45,9 @@ def integer_weight(a: Arguments) -> Tensor:
     codes = unpack(packed[:, :length], a.weight_bits, a.columns)
     if a.weight_bits == 8:
         return (codes ^ 128).view(torch.int8)
-    levels = codes.view(torch.int8) - (1 << (a.weight_bits - 1))
+    levels = codes.view(torch.int8)
+    # A single bit is a sign.
+    levels = 2 * levels - 1 if a.weight_bits == 1 else levels - (1 << (a.weight_bits - 1))
     if a.groups == 0:
         return levels
     multiplier = unpack(packed[:, length:], a.multiplier_bits, a.groups).view(torch.int8) + 1

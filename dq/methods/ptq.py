@@ -122,7 +122,7 @@ class PTQ(Method):
                     low.granularity.blocks(1, input_channels(layer))
             except DQError as error:
                 weight, low = wide
-                note = f"has {weight.grid.bits}-bit weights: {error}"
+                note = f"has {weight.code_bits}-bit weights: {error}"
         if low is None:
             return _Decision(LayerSpec(weight), note)
         size = low.granularity.size

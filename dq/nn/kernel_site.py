@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dq.formats import FloatFormat, formats
+from dq.formats import FloatFormat, IntFormat, formats
 from dq.kernels import Site
 from dq.plan import LayerSpec
 from dq.spec import TensorSpec
@@ -27,7 +27,7 @@ def site_of(spec: LayerSpec, kind: str, device: str, rows: int, columns: int, gr
     weight_kind = "int8" if weight.is_int8 else _float_kind(weight)
     input_kind = "float" if low is None else "other"
     if low is not None and (low.grid.low < 0 or not low.dynamic):
-        if low.grid.is_integer and low.granularity.kind != "group":
+        if isinstance(low.grid, IntFormat) and low.granularity.kind != "group":
             input_kind = "int8"
         elif not spec.input_splits:
             input_kind = _float_kind(low)
@@ -44,7 +44,7 @@ def numbers_of(spec: LayerSpec, columns: int) -> dict[str, Any]:
     weight, low = spec.weight, spec.input
     multiplier = weight.scale_grid
     return {
-        "weight_bits": weight.grid.bits,
+        "weight_bits": weight.code_bits,
         "columns": columns,
         "multiplier_bits": 0 if multiplier is None else multiplier.bits,
         "groups": 0 if multiplier is None else columns // weight.granularity.size,

@@ -28,6 +28,7 @@ class Quantizer(nn.Module):
     scale: Tensor | None
     zero: Tensor | None
     multiplier: Tensor | None
+    more: Tensor | None
     gain: nn.Parameter | None
     steps: Steps | None = None
 
@@ -74,7 +75,8 @@ class Quantizer(nn.Module):
     def settle(self) -> None:
         """Take over the scale that was learned, if one was."""
         if self.gain is not None:
-            self.scale, self.gain = self.scales.scale.detach(), None
+            scales, self.gain = self.scales, None
+            self.set_scales(Scales(*(x if x is None else x.detach() for x in scales)))  # type: ignore[arg-type]
 
     @property
     def scales(self) -> Scales:
@@ -85,8 +87,11 @@ class Quantizer(nn.Module):
         """
         if self.scale is None:
             raise DQError("it has no scales yet: static inputs need a calibration first")
-        scale = self.scale if self.gain is None else self.scale * self.gain.exp()
-        return Scales(scale, self.zero, self.multiplier)
+        if self.gain is None:
+            return Scales(self.scale, self.zero, self.multiplier, self.more)
+        factor = self.gain.exp()
+        more = None if self.more is None else self.more * factor.unsqueeze(-1)
+        return Scales(self.scale * factor, self.zero, self.multiplier, more)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized and dequantized `(R, K)` matrix, float32."""

@@ -82,7 +82,7 @@ def _affine(layer: QuantLayer) -> Tensor | None:
     parts = []
     for quantizer in layer.input_quantizers:
         assert isinstance(quantizer, Quantizer)  # the list holds nothing else
-        scale, zero, _ = quantizer.scales
+        scale, zero, *_ = quantizer.scales
         zeros = (torch.zeros_like(scale) if zero is None else zero) - spec.grid.low
         parts.append(torch.stack([scale, zeros], -1))
     affine = torch.cat(parts, 1)  # (step groups, segments or groups of channels, 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dq.bases import decode_signs, encode_signs
 from dq.rounding.grid import spread
 from dq.rounding.moment import check_finite
 from dq.scales import Scales
@@ -42,12 +43,10 @@ def gptq(
     """
     rows, columns = weight.shape
     check_finite(moment)
-    step, zero = spread(scales, rows, columns)
+    rounding = (_Signs if spec.is_binary else _Levels)(scales, spec, rows, columns)
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)
     left = weight.detach().float()[:, order]
     spreading = _spreading(moment[order][:, order], damping)
-    step = step[:, order]
-    zero = None if zero is None else zero[:, order]
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     for start in range(0, columns, _BLOCK):
         block = slice(start, min(start + _BLOCK, columns))
@@ -57,19 +56,46 @@ def gptq(
         within = spreading[block, block]
         for index in range(len(part)):
             column = start + index
-            levels = part[index] / step[:, column]
-            if zero is not None:
-                levels = torch.round(levels) + zero[:, column]
-            code = spec.grid.encode(levels)
-            rounded = spec.grid.decode(code)
-            if zero is not None:
-                rounded = rounded - zero[:, column]
+            code, rounded = rounding(part[index], int(order[column]))
             codes[:, order[column]] = code
-            error = (part[index] - rounded * step[:, column]) / within[index, index]
+            error = (part[index] - rounded) / within[index, index]
             part[index + 1 :].addr_(within[index, index + 1 :], error, alpha=-1.0)
             errors[index] = error
         left[:, block.stop :].addmm_(errors.t(), spreading[block, block.stop :], alpha=-1.0)
     return codes
+
+
+class _Levels:
+    """Rounds a column to the levels of a format: returns codes and values, `(N,)` each."""
+
+    def __init__(self, scales: Scales, spec: TensorSpec, rows: int, columns: int) -> None:
+        self.grid = spec.grid
+        self.step, self.zero = spread(scales, rows, columns)
+
+    def __call__(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        step = self.step[:, column]
+        levels = x / step
+        if self.zero is not None:
+            levels = torch.round(levels) + self.zero[:, column]
+        code = self.grid.encode(levels)
+        rounded = self.grid.decode(code)
+        if self.zero is not None:
+            rounded = rounded - self.zero[:, column]
+        return code, rounded * step
+
+
+class _Signs:
+    """The same to sums of signs."""
+
+    def __init__(self, scales: Scales, spec: TensorSpec, rows: int, columns: int) -> None:
+        self.scales, self.each = scales, columns // scales.step.shape[1]
+
+    def __call__(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        block = column // self.each
+        one = (s if s is None else s[:, min(block, s.shape[1] - 1), None] for s in self.scales)
+        mine = Scales(*one)  # type: ignore[arg-type]
+        code = encode_signs(x.view(-1, 1, 1), mine)
+        return code.flatten(), decode_signs(code, mine).flatten()
 
 
 def _spreading(moment: Tensor, damping: float) -> Tensor:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dq.errors import DQError
 from dq.scales import Scales
 from dq.spec import TensorSpec
 
@@ -55,7 +56,12 @@ def between(weight: Tensor, scales: Scales, spec: TensorSpec) -> Between:
         weight: `(N, K)` floating point.
         scales: As chosen for `spec`.
         spec: How the weight is quantized.
+
+    Raises:
+        DQError: If it is a sum of several bases, whose levels lie differently in every block.
     """
+    if spec.bases > 1:
+        raise DQError(f"{spec}: its levels lie on no common grid; round by gptq, or to nearest")
     step, zero = spread(scales, *weight.shape)
     zeros = 0.0 if zero is None else zero
     place = weight.detach().float() / step + zeros

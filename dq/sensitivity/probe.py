@@ -59,7 +59,7 @@ class Probe:
         """Return the weight formats to run; where their groups do not fit, the shortest that do."""
         offered = self.candidates.weights[layer]
         fitting = tuple(name for name in self.weights if name in offered)
-        return fitting or (min(offered, key=lambda name: offered[name].grid.bits),)
+        return fitting or (min(offered, key=lambda name: offered[name].code_bits),)
 
     def runs(self, layer: str) -> tuple[str, ...]:
         """Return what is run of a layer: "w:FORMAT" for weights, "a:FORMAT" for inputs."""

@@ -71,7 +71,7 @@ def test_a_call_has_the_scales_of_its_group(name: str, kind: str) -> None:
     for group, now in enumerate((0, 480, 1200)):
         alone = simulate(build(name)[0], LayerSpec(INT8, spec))
         quantizer = simulated.input_quantizers[0]
-        scale, zero, _ = quantizer.scales
+        scale, zero, *_ = quantizer.scales
         part = slice(group, group + 1)
         mine = quantizer.scales._replace(
             scale=scale[part], zero=None if zero is None else zero[part]

@@ -18,6 +18,7 @@ from tests.specs import WEIGHTS
 __all__ = [
     "COLUMNS",
     "EVERY",
+    "SUMS",
     "NARROW",
     "ROWS",
     "each",
@@ -40,8 +41,13 @@ NARROW = {
 }
 """Weights of 3 and 4 bits: integers, floats and blocks, with and without groups and zeros."""
 
-EVERY = tuple(spec for spec in WEIGHTS if spec.grid.low < 0 or not spec.symmetric)
-"""Whatever can be a weight, which has two signs."""
+_SIGNED = [spec for spec in WEIGHTS if spec.grid.low < 0 or not spec.symmetric]
+
+EVERY = tuple(spec for spec in _SIGNED if spec.bases == 1)
+"""Whatever can be a weight, which has two signs, and has a grid that blocks share."""
+
+SUMS = tuple(spec for spec in _SIGNED if spec.bases > 1)
+"""Sums of several bases."""
 
 each = pytest.mark.parametrize("spec", EVERY, ids=str)
 narrow = pytest.mark.parametrize("spec", NARROW.values(), ids=[*NARROW])

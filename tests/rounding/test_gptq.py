@@ -12,6 +12,7 @@ from dq.spec import TensorSpec
 from tests.rounding.cases import (
     COLUMNS,
     EVERY,
+    SUMS,
     NARROW,
     each,
     gain,
@@ -31,6 +32,14 @@ def test_it_beats_the_nearest_levels_on_inputs_that_it_has_not_seen(spec: Tensor
     assert codes.shape == w.shape
     assert torch.equal(spec.grid.encode(spec.grid.decode(codes)), codes)  # none that is not a level
     assert gain(codes, quantize(w, scales, spec), w, scales, spec) > 3
+
+
+@pytest.mark.parametrize("spec", SUMS, ids=str)
+def test_sums_of_signs_are_rounded_as_wholes(spec: TensorSpec) -> None:
+    w, scales = scaled(spec)
+    nearest = quantize(w, scales, spec)
+    assert torch.equal(gptq(w, scales, spec, torch.eye(COLUMNS)), nearest)
+    assert gain(gptq(w, scales, spec, moment_of(inputs())), nearest, w, scales, spec) > 3
 
 
 @narrow

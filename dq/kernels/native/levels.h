@@ -34,13 +34,14 @@ static inline void dq_levels(const uint8_t *row, int64_t start, int64_t columns,
                              int bits, int multiplier_bits, uint8_t *restrict multipliers,
                              int8_t *restrict values) {
   int64_t size = groups ? columns / groups : columns;
+  uint8_t step = bits == 1 ? 2 : 1; /* a single bit is a sign */
   uint8_t offset = (uint8_t)(1 << (bits - 1));
   unpack(row, columns, bits, (uint8_t *)values);
   if (groups) unpack(row + start, groups, multiplier_bits, multipliers);
   for (int64_t at = 0, g = 0; at < columns; at += size, g++) {
     uint8_t multiplier = groups ? multipliers[g] + 1 : 1;
     for (int64_t i = at; i < at + size; i++)
-      values[i] = (int8_t)(((uint8_t)values[i] - offset) * multiplier);
+      values[i] = (int8_t)(((uint8_t)values[i] * step - offset) * multiplier);
   }
 }
 
