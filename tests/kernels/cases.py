@@ -24,7 +24,7 @@ class Case:
     Attributes:
         shape: Of the input, channels last for a linear and second for a convolution.
         rows: Output features.
-        bits: Width of a weight code.
+        bits: Width of a weight code; 1 is a sign.
         group: Weights that share a multiplier; 0 for none.
         inputs: "dynamic", or the codes of zero of the segments of a static input.
         input_bits: Width of an input code.
@@ -58,10 +58,16 @@ class Case:
     @property
     def spec(self) -> TensorSpec:
         """Of the weight."""
+        name = f"int{self.bits}" if self.bits > 1 else "binary"
         if self.group == 0:
-            return TensorSpec(f"int{self.bits}", Granularity("channel"))
+            return TensorSpec(name, Granularity("channel"))
         granularity = Granularity("group", self.group)
-        return TensorSpec(f"int{self.bits}", granularity, scale_format=f"uint{8 - self.bits}")
+        return TensorSpec(name, granularity, scale_format=f"uint{self.multiplier_bits}")
+
+    @property
+    def multiplier_bits(self) -> int:
+        """The most that leave the products within int8; 0 without groups."""
+        return min(8 - self.bits, 6) if self.group else 0
 
     def weight(self) -> Tensor:
         """Return the float weight `(N, K)` before quantization; rows differ in size."""
@@ -87,7 +93,7 @@ class Case:
             input_affine=affine,
             weight_bits=self.bits,
             columns=self.columns,
-            multiplier_bits=8 - self.bits if self.group else 0,
+            multiplier_bits=self.multiplier_bits,
             groups=self.columns // self.group if self.group else 0,
             input_bits=self.input_bits,
             segments=list(self.segments),
@@ -95,7 +101,7 @@ class Case:
 
 
 _SHAPES = [(1, 8), (3, 1), (5, 24), (2, 3, 40), (33, 72), (17, 8, 16)]
-_WIDTHS = [(bits, group) for bits in range(2, 9) for group in (0, 8) if bits <= 6 or group == 0]
+_WIDTHS = [(bits, group) for bits in range(1, 9) for group in (0, 8) if bits <= 6 or group == 0]
 
 LINEARS = (
     *(Case(shape, rows) for shape in _SHAPES for rows in (1, 16, 37)),

@@ -21,16 +21,19 @@ def test_a_row_scale_times_integers_is_the_weight(case: Case) -> None:
     assert torch.allclose(whole * a.scale[:, None], expected, rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_every_weight_code_and_multiplier_fits_int8(bits: int) -> None:
-    # Both ends at once: the lowest code times the highest multiplier is -128.
+    # Both ends at once: the lowest code times the highest multiplier is -128, of signs -64.
     _, a = Case((1, 8), 2, bits, 8 if bits <= 6 else 0).build()
     lowest = integer_weight(a._replace(weight=a.weight * 0))
     assert (lowest == -(1 << (bits - 1))).all()
     if a.groups:
+        lowest = lowest.int()
+        assert int(lowest.min()) << a.multiplier_bits >= -128
         full = a.weight * 0
         full[:, packed_length(a.columns, bits) :] = 255
-        assert (integer_weight(a._replace(weight=full)) == -128).all()
+        top = 1 << a.multiplier_bits
+        assert (integer_weight(a._replace(weight=full)) == lowest * top).all()
 
 
 @each
