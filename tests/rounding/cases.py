@@ -18,9 +18,9 @@ from tests.specs import WEIGHTS
 __all__ = [
     "COLUMNS",
     "EVERY",
-    "SUMS",
     "NARROW",
     "ROWS",
+    "SUMS",
     "each",
     "gain",
     "inputs",

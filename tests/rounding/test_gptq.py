@@ -12,8 +12,8 @@ from dq.spec import TensorSpec
 from tests.rounding.cases import (
     COLUMNS,
     EVERY,
-    SUMS,
     NARROW,
+    SUMS,
     each,
     gain,
     inputs,
