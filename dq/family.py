@@ -6,7 +6,7 @@ Methods select layers by role, never by name; names are known here and in `dq.pi
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = [
     "assign_roles",
     "check_roles",
     "check_scaling",
+    "ends",
     "families",
     "family_of",
     "quantizable",
@@ -74,6 +75,8 @@ class Family:
         timed: Names of the layers that see nothing but the timestep, so that their outputs can be
             stored for those of a schedule.
         output: Name of the last layer; empty if it is not one Linear or Conv2d.
+        outer: Names of the modules near to input and output: of UNets those whose features have
+            half of the resolution or more, of transformers the first and the last blocks.
         dynamic_inputs: Whether activations are quantized by token at run time unless a recipe says
             otherwise: transformers, where channels of few tokens dominate static ranges.
         logits_axis: Axis of the output that holds logits over a vocabulary of tokens; None for
@@ -91,6 +94,7 @@ class Family:
     fed: Callable[[nn.Module], Mapping[str, tuple[str, ...]]] = lambda model: {}
     timed: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     output: Callable[[nn.Module], str] = lambda model: ""
+    outer: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     dynamic_inputs: bool = False
     logits_axis: int | None = None
 
@@ -115,6 +119,12 @@ def check_scaling(argument: str, value: str) -> None:
     """
     if value not in _SCALINGS:
         raise unknown(f"value of {argument}", value, _SCALINGS)
+
+
+def ends(blocks: Sequence[str], share: float = 0.15) -> tuple[str, ...]:
+    """Return as many blocks of each end as are that share of all, but at least one."""
+    each = max(1, round(share * len(blocks) / 2))
+    return tuple(dict.fromkeys((*blocks[:each], *blocks[-each:])))
 
 
 def check_roles(roles: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.family import Family, Role, assign_roles, families
+from dq.family import Family, Role, assign_roles, ends, families
 
 __all__ = ["MMDIT"]
 
@@ -95,6 +95,7 @@ MMDIT: Family = families.add(
         sample_inputs=_sample_inputs,
         timed=_timed,
         output=lambda model: "proj_out",
+        outer=lambda model: ends(_blocks(model)),
         dynamic_inputs=True,
     ),
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.family import Family, Role, assign_roles, families
+from dq.family import Family, Role, assign_roles, ends, families
 
 __all__ = ["MUSE"]
 
@@ -79,6 +79,7 @@ MUSE: Family = families.add(
         sample_inputs=_sample_inputs,
         # No prompt: text is projected and normalized before it is attended to. No token stands out
         # after that, and the first one is not what it was in full precision: it is not recognized.
+        outer=lambda model: ends(_blocks(model)),
         dynamic_inputs=True,
         logits_axis=1,
     ),

@@ -47,6 +47,14 @@ def _blocks(model: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _outer(model: Any) -> tuple[str, ...]:
+    """Return the two finest levels; what leads from the second to the third is not among them."""
+    last = len(model.up_blocks) - 1
+    names = ["down_blocks.0", "down_blocks.1.resnets", "down_blocks.1.attentions"]
+    names += [f"up_blocks.{i}" for i in range(max(0, last - 1), last + 1)]
+    return tuple(names)
+
+
 def _splits(model: Any) -> dict[str, tuple[int, ...]]:
     """Return (hidden, skip) of each shortcut in the up blocks; only they see the concatenation."""
     if model.mid_block is not None:
@@ -148,5 +156,6 @@ UNET: Family = families.add(
         fed=_fed,
         timed=_timed,
         output=lambda model: "conv_out",
+        outer=_outer,
     ),
 )

@@ -9,22 +9,16 @@ in `dq.methods.quest_recipes`.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq.calibrate import Calibration, Call
 from dq.errors import DQError, unknown
 from dq.family import Role, check_roles
-from dq.full_precision import as_float32, floated
-from dq.method import Job, Method, methods
+from dq.method import Job, methods
+from dq.methods.finetuning import Finetuning, layers_of, share, static_inputs
 from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight, LowRankWeight
 from dq.quantize import dequantize
@@ -32,14 +26,12 @@ from dq.rounding.cells import within_cells
 from dq.tuning.align import align
 from dq.tuning.distill import Distance, Distillation
 from dq.tuning.loop import Group, Schedule, tune
-from dq.tuning.samples import Samples
 from dq.tuning.topkld import topkld
 
 __all__ = ["PAPER_CRITICAL", "QuEST"]
 
 logger = logging.getLogger(__name__)
 
-_COMPUTE = ("float32", "bfloat16")
 _LOSSES = ("mse", "topkld")
 _STARTS = ("levels", "cells")
 PAPER_CRITICAL = (
@@ -54,7 +46,7 @@ _ALIGNING = 200  # steps of each layer of time, before it learns with the others
 
 @methods.register("quest")
 @dataclass(frozen=True)
-class QuEST(Method):
+class QuEST(Finetuning):
     """Learn the weights that matter most, and scales.
 
     Args:
@@ -67,9 +59,6 @@ class QuEST(Method):
             their codes, so that only what is pushed the same way again and again goes over to the
             next, and noise of the gradient does not undo what was found. "cells": where they lay
             between two levels, as in the paper, see `dq.rounding.cells`.
-        steps: Of the optimizer.
-        batch: Samples of a step, an image at a timestep each.
-        accumulate: Parts that a step is worked on in.
         drift: Learning rate of weights, in levels of their grid over all steps together.
         scale_rate: Learning rate of the logarithms of the scales of static inputs.
         weight_scale_rate: Of those of the weights of all quantized layers; 0 leaves them.
@@ -79,20 +68,14 @@ class QuEST(Method):
         loss: Of the output: "mse", or "topkld" for models that predict tokens, experimental; see
             `dq.tuning.topkld`.
         top_tokens: How many tokens count as likely ones there.
-        compute: "float32" casts the model to it for the time being; "bfloat16" leaves it in its
-            dtype, under autocast, for models too large for that. Noise of bfloat16 is above that of
-            W4A8 on small models.
-        checkpointing: Whether activations are computed again instead of kept, for less memory.
         rank: 0 learns every weight of a layer; else a product of this rank, merged at the end.
-        held_out: Images by which the best state is chosen.
+
+    The other arguments are those of `dq.methods.finetuning`.
     """
 
     critical: tuple[str, ...] = _BLOCKS
     time: bool = False
     start: str = "levels"
-    steps: int = 500
-    batch: int = 8
-    accumulate: int = 1
     drift: float = 4.0
     scale_rate: float = 1e-3
     weight_scale_rate: float = 1e-3
@@ -100,49 +83,28 @@ class QuEST(Method):
     global_weight: float = 2.0
     loss: str = "mse"
     top_tokens: int = 64
-    compute: str = "float32"
-    checkpointing: bool = False
     rank: int = 0
-    held_out: int = 6
 
     def __post_init__(self) -> None:
-        for name, known in (("compute", _COMPUTE), ("loss", _LOSSES), ("start", _STARTS)):
+        super().__post_init__()
+        for name, known in (("loss", _LOSSES), ("start", _STARTS)):
             if getattr(self, name) not in known:
                 raise unknown(f"value of {name}", getattr(self, name), known)
         check_roles(self.critical)
-        Schedule(self.steps, self.batch, self.accumulate)
         for name in ("drift", "scale_rate", "weight_scale_rate", "local_weight", "global_weight"):
             if getattr(self, name) < 0:
                 raise DQError(f"{name} is 0 or more, not {getattr(self, name)}")
-        if self.rank < 0 or self.held_out < 1 or self.top_tokens < 1:
-            raise DQError("rank is 0 or more, held_out and top_tokens 1 or more")
+        if self.rank < 0 or self.top_tokens < 1:
+            raise DQError("rank is 0 or more, top_tokens 1 or more")
 
-    def observe(self, job: Job) -> None:
-        """Draw the images to learn from, and those to choose by."""
-        for calibration in (job.calibration, self._others(job)):
-            for _ in calibration.batches():
-                pass
-
-    def tune(self, job: Job) -> None:
-        """Learn from captured calls to do what full precision does; see `Method.tune`."""
-        learns = [p for p in job.model.parameters() if p.requires_grad]
-        with ExitStack() as stack:
-            for parameter in learns:
-                parameter.requires_grad_(False)
-                stack.callback(parameter.requires_grad_, True)
-            if self.compute == "float32":
-                stack.enter_context(as_float32(job.model))
-            if self.checkpointing:
-                stack.enter_context(_checkpointing(job.model))
-            self._tune(job)
-
-    def _tune(self, job: Job) -> None:
+    def learn(self, job: Job) -> None:
+        """See `Finetuning.learn`."""
         distance = self._distance(job)  # says it first if there is none
-        samples = self._samples(job.calibration)
-        chosen = self._chosen(job)
+        samples = self.samples(job.calibration)
+        chosen = layers_of(job, (*self.critical, *((Role.TIME,) if self.time else ())))
         groups: dict[str, list[Group]] = {}
 
-        def learn(name: str) -> list[Group]:
+        def start(name: str) -> list[Group]:
             groups[name] = self._layer(job, name)
             return groups[name]
 
@@ -151,20 +113,24 @@ class QuEST(Method):
         if time:
             schedule = Schedule(_ALIGNING, self.batch, seed=job.calibration.spec.seed)
             rows = samples.shuffled(schedule.seed)[:64]
-            align(job.model, time, learn, samples.batch(rows), schedule)
+            align(job.model, time, start, samples.batch(rows), schedule)
         for name in chosen:
             if name not in groups:
-                learn(name)
-        share = _report(job.model, groups)
+                start(name)
+        learned = sum(p.numel() for mine in groups.values() for g in mine for p in g.parameters)
+        words = share(job.model, learned)
+        logger.info("quest: %s, of %s", words, ", ".join(groups))
         everything = [group for mine in groups.values() for group in mine]
         everything += self._scales(job.model)
-        dtype = torch.bfloat16 if self.compute == "bfloat16" else None
+        losses = Distillation(
+            job.model, chosen, self.local_weight, self.global_weight, distance, self.autocast
+        )
         found = tune(
             everything,
-            Distillation(job.model, chosen, self.local_weight, self.global_weight, distance, dtype),
+            losses,
             samples,
-            self._samples(self._others(job)),
-            Schedule(self.steps, self.batch, self.accumulate, job.calibration.spec.seed),
+            self.samples(self.others(job)),
+            self.schedule(job),
             job.calibration.work,
             job.calibration.stage("quest"),
         )
@@ -176,7 +142,7 @@ class QuEST(Method):
             f"{found.step} of {self.steps}"
         )
         logger.info("quest: %s", said)
-        notes = {**job.plan.notes, "quest": f"{share}; {said}"}
+        notes = {**job.plan.notes, "quest": f"{words}; {said}"}
         job.plan = dataclasses.replace(job.plan, notes=notes)
 
     def _distance(self, job: Job) -> Distance:
@@ -192,33 +158,6 @@ class QuEST(Method):
         return lambda student, teacher: topkld(
             teacher.movedim(axis, -1), student.movedim(axis, -1), self.top_tokens
         )
-
-    def _samples(self, calibration: Calibration) -> Samples:
-        calls: list[Call] = [call for batch in calibration.batches() for call in batch]
-        if self.compute == "float32":
-            calls = [floated(call) for call in calls]
-        arguments = inspect.signature(calibration.model.forward).parameters
-        return Samples(calls, noisy=next(iter(arguments)))
-
-    def _others(self, job: Job) -> Calibration:
-        own = job.calibration
-        if own.source is None:
-            return own  # which will say that it needs data
-        return own.beside(own.source.held_out(own.spec, self.held_out))
-
-    def _chosen(self, job: Job) -> list[str]:
-        """Return the layers that learn, in the model's order."""
-        roles = job.family.roles(job.model)
-        wanted = {*self.critical, *((Role.TIME,) if self.time else ())}
-        layers = [name for name, m in job.model.named_modules() if isinstance(m, QuantLayer)]
-        chosen = [name for name in layers if roles[name] in wanted]
-        if wanted and not chosen:
-            there = sorted({str(roles[name]) for name in layers})
-            raise DQError(
-                f"no quantized layer has one of the roles {', '.join(sorted(wanted))}; there are: "
-                f"{', '.join(there)}"
-            )
-        return chosen
 
     def _layer(self, job: Job, name: str) -> list[Group]:
         """Make weight and bias of a layer learnable."""
@@ -253,34 +192,10 @@ class QuEST(Method):
     def _scales(self, model: nn.Module) -> list[Group]:
         """Make the scales of static inputs and of weights learnable."""
         layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
-        inputs = [q for m in layers for q in m.input_quantizers if isinstance(q, Quantizer)]
-        static = [q for q in inputs if not q.spec.dynamic]
+        static = static_inputs(model)
         weights = [m.weight_quantizer for m in layers]
         groups = []
         for quantizers, rate in ((static, self.scale_rate), (weights, self.weight_scale_rate)):
             if quantizers and rate:
                 groups.append(Group([q.learn() for q in quantizers], rate))
         return groups
-
-
-@contextmanager
-def _checkpointing(model: Any) -> Iterator[None]:
-    """Let a model compute activations again instead of keeping them, for a while."""
-    if not getattr(model, "_supports_gradient_checkpointing", False):
-        raise DQError(f"{type(model).__name__} has no gradient checkpointing; set it to false")
-    before = model.is_gradient_checkpointing
-    model.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if not before:
-            model.disable_gradient_checkpointing()
-
-
-def _report(model: nn.Module, groups: dict[str, list[Group]]) -> str:
-    """Say what learns; return the share."""
-    learned = sum(p.numel() for mine in groups.values() for g in mine for p in g.parameters)
-    total = sum(p.numel() for name, p in model.named_parameters() if ".latent" not in name)
-    share = f"{100 * learned / total:.1f} % of {total} weights learn"
-    logger.info("quest: %s, of %s", share, ", ".join(groups))
-    return share

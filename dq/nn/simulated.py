@@ -78,6 +78,8 @@ class QuantLayer:
         kept_input: `(K,)`, the token that is computed apart, if there is one: `dq.nn.kept`.
         codes: `(N, K)` uint8, what a rounding method has made of the weight; None where it is
             rounded to nearest.
+        binarizer: Makes the weight of the matrix instead of the quantizer, where it learns to be of
+            few bits; see `dq.binarizers`.
         latent: Gives the matrix that is quantized, where it is learned; see `dq.nn.latent`.
         latent_bias: `(N,)`, the bias that is learned with it, of the changed input.
         transform: How input and weight are changed before; changes nothing by default.
@@ -94,6 +96,7 @@ class QuantLayer:
     input_quantizers: nn.ModuleList
     kept_input: Tensor | None = None
     codes: Tensor | None = None
+    binarizer: nn.Module | None
     latent: nn.Module | None
     latent_bias: nn.Parameter | None
     transform: Transform = NO_TRANSFORM
@@ -117,7 +120,7 @@ class QuantLayer:
             raise DQError(f"its input is to be {spec.transform}, and no numbers are there for it")
         self.spec = spec
         self.transform = transform
-        self.latent = self.latent_bias = None
+        self.binarizer = self.latent = self.latent_bias = None
         self.weight = layer.weight
         self.bias = layer.bias
         self.weight_quantizer = Quantizer(spec.weight)
@@ -170,6 +173,8 @@ class QuantLayer:
         if self.codes is not None:
             quantizer = self.weight_quantizer
             rounded = dequantize(self.codes, quantizer.scales, quantizer.spec)
+        elif self.binarizer is not None:
+            rounded = self.binarizer(self.matrix())
         else:
             rounded = self.weight_quantizer(self.matrix())
         return rounded.view(self.weight.shape)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,16 @@ from dq.calibrate import Call, run, tap_outputs
 from dq.full_precision import full_precision
 from dq.nn import plain_layers
 
-__all__ = ["Distance", "Distillation"]
+__all__ = ["Distance", "Distillation", "Local", "sum_of_errors"]
 
 Distance = Callable[[Tensor, Tensor], Tensor]
+Features = Mapping[str, Tensor]  # outputs of modules by name, float32
+Local = Callable[[Features, Features], Tensor]
+
+
+def sum_of_errors(student: Features, teacher: Features) -> Tensor:
+    """Return the sum of the mean squared errors of all modules."""
+    return torch.stack([F.mse_loss(student[n], teacher[n]) for n in teacher]).sum()
 
 
 class Distillation:
@@ -28,12 +36,14 @@ class Distillation:
 
     Args:
         model: With simulated layers.
-        layers: Names of those that have a local term; not looked at if these weigh nothing.
-        local_weight: Of their sum.
+        layers: Names of the modules that have a local term; not looked at if it weighs nothing.
+        local_weight: Of the local term.
         global_weight: Of the output's term.
         distance: Of two outputs, student's and teacher's, both float32.
         autocast: Dtype of the student's products; None for that of its tensors. The teacher is
             exact in any case: what it says wrongly cannot be unlearned.
+        local: How far the modules' outputs are from each other; of a module that puts out several
+            tensors the largest counts.
     """
 
     def __init__(
@@ -44,11 +54,12 @@ class Distillation:
         global_weight: float,
         distance: Distance = F.mse_loss,
         autocast: torch.dtype | None = None,
+        local: Local = sum_of_errors,
     ) -> None:
         self.model = model
         self.layers = tuple(layers) if local_weight else ()
         self.local_weight, self.global_weight = local_weight, global_weight
-        self.distance, self.autocast = distance, autocast
+        self.distance, self.autocast, self.local = distance, autocast, local
         self._plain = plain_layers(model)
 
     def __call__(self, call: Call) -> Tensor:
@@ -59,8 +70,7 @@ class Distillation:
             output, found = self._run(call)
         total = self.global_weight * self.distance(output.float(), wanted.float())
         if self.layers:
-            terms = [F.mse_loss(found[n].float(), expected[n].float()) for n in self.layers]
-            total = total + self.local_weight * torch.stack(terms).sum()
+            total = total + self.local_weight * self.local(found, expected)
         return total
 
     def teacher(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
@@ -70,6 +80,17 @@ class Distillation:
 
     def _run(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         seen: dict[str, Tensor] = {}
+
+        def note(name: str, output: Any) -> None:
+            seen[name] = _largest(output).float()
+
         modules = {name: self.model.get_submodule(name) for name in self.layers}
-        with tap_outputs(modules, seen.__setitem__):
+        with tap_outputs(modules, note):
             return run(self.model, call), seen
+
+
+def _largest(output: Any) -> Tensor:
+    """Return the largest tensor of an output: of a block the hidden states."""
+    if isinstance(output, Tensor):
+        return output
+    return max((t for t in output if isinstance(t, Tensor)), key=lambda t: t.numel())

@@ -80,6 +80,7 @@ def tune(
     schedule: Schedule,
     work: Work,
     stage: str,
+    at: Callable[[float], None] = lambda progress: None,
 ) -> Tuned:
     """Learn parameters with Adam; they end in their best state, which may be the first.
 
@@ -93,11 +94,13 @@ def tune(
         schedule: How long.
         work: Where the state is kept on the way. A killed run goes on and ends in the same bits.
         stage: Name of the state.
+        at: Told how far the run is, 0 to 1, before each step: for what changes on the way. States
+            are chosen by what they are at 1.
 
     Raises:
         DQError: If the loss is not finite.
     """
-    loop = _Loop(groups, loss, samples, held_out, schedule)
+    loop = _Loop(groups, loss, samples, held_out, schedule, at)
     stored = work.load(stage)
     if stored is not None:
         loop.restore(stored)
@@ -123,6 +126,7 @@ class _Loop:
         samples: Samples,
         held_out: Samples,
         schedule: Schedule,
+        at: Callable[[float], None],
     ) -> None:
         self.processes = PartialState()
         if schedule.batch % (schedule.accumulate * self.processes.num_processes):
@@ -132,6 +136,7 @@ class _Loop:
             )
         self.parameters = [p for group in groups for p in group.parameters]
         self.loss, self.samples, self.held_out, self.schedule = loss, samples, held_out, schedule
+        self.at_progress = at
         options: list[dict[str, Any]] = [
             {"params": list(g.parameters), "lr": g.rate, "start": g.rate} for g in groups
         ]
@@ -143,6 +148,7 @@ class _Loop:
 
     def advance(self) -> None:
         """Make one step of the optimizer."""
+        self.at_progress(self.step / self.schedule.steps)
         rate = 0.5 * (1 + math.cos(math.pi * self.step / self.schedule.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = group["start"] * rate
@@ -186,6 +192,7 @@ class _Loop:
     @torch.no_grad()
     def check(self) -> None:
         """Note the held-out loss, and the state if none was better."""
+        self.at_progress(1.0)
         mine = range(self.processes.process_index, len(self.held_out), self.processes.num_processes)
         size = self.schedule.batch // (self.schedule.accumulate * self.processes.num_processes)
         total = torch.zeros(())
@@ -233,6 +240,7 @@ class _Loop:
     @torch.no_grad()
     def finish(self) -> Tuned:
         """Set the parameters to their best state."""
+        self.at_progress(1.0)
         for parameter, best in zip(self.parameters, self.best, strict=True):
             parameter.copy_(best)
         return Tuned(self.start, self.least, self.at, torch.tensor(self.losses))

@@ -214,7 +214,8 @@ def test_recipes_by_name(name: str) -> None:
         ({"steps": 0}, "steps is 1 or more, not 0"),
         ({"accumulate": 3}, "accumulate 3 does not divide batch 8"),
         ({"drift": -1}, "drift is 0 or more, not -1"),
-        ({"rank": -1}, "rank is 0 or more, held_out and top_tokens 1 or more"),
+        ({"rank": -1}, "rank is 0 or more, top_tokens 1 or more"),
+        ({"held_out": 0}, "held_out is 1 or more images, not 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], text: str) -> None:

@@ -1,0 +1,229 @@
+"""BinaryDM: weights of one bit, learned (Zheng et al. 2025, arXiv 2404.05662).
+
+Binarizers with more than one basis stand in the outer layers, by default only for the first half of
+the training; full precision is the teacher of the output and, projected to few directions, of the
+features of every block. Recipes by name are in `dq.methods.binarydm_recipes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dq.binarizers import Binarizer, binarizers
+from dq.binarizers.estimators import estimators
+from dq.calibrate import Call
+from dq.errors import DQError, unknown
+from dq.family import Role, check_roles
+from dq.method import Job, methods
+from dq.methods.finetuning import Finetuning, layers_of, share, static_inputs
+from dq.nn import Quantizer, QuantLayer
+from dq.nn.latent import FullWeight
+from dq.plan import Plan
+from dq.spec import TensorSpec
+from dq.tuning.distill import Distillation
+from dq.tuning.loop import Group, tune
+from dq.tuning.mimic import Mimicry
+
+__all__ = ["BinaryDM"]
+
+logger = logging.getLogger(__name__)
+
+_BINARY = (
+    Role.CONVOLUTION,
+    Role.SKIP,
+    Role.PROJECTION,
+    Role.SELF_ATTENTION,
+    Role.CROSS_ATTENTION,
+    Role.CROSS_KV,
+    Role.FEED_FORWARD,
+)
+
+
+@methods.register("binarydm")
+@dataclass(frozen=True)
+class BinaryDM(Finetuning):
+    """Learn weights of one or two bits; comes after the step that quantizes the others.
+
+    Args:
+        outer: Binarizer of the layers near to input and output, which meet most of the features:
+            "ebb" ends with one bit, "lmb" with two; see `dq.binarizers`.
+        inner: Of the other ones.
+        roles: Roles of the layers that are binarized.
+        group: Columns that share a scale; 0 for all of a row.
+        estimator: Of the gradient of "xnor".
+        drift: Learning rate of weights, in mean magnitudes of theirs over all steps.
+        scale_drift: Likewise of their scales.
+        input_rate: Learning rate of the logarithms of the scales of static inputs (LSQ).
+        penalty: Of the second scales that are to vanish, tau of the paper.
+        mimicking: Weight of the distance of features, lambda of the paper; 0 for none.
+        part: A K-th of the directions of features is compared.
+        normalized: Whether features are compared in units of their own variance, block by block.
+        progressive: Whether layers begin to be binarized one after the other, a step each, from the
+            middle of the model to its ends.
+
+    The other arguments are those of `dq.methods.finetuning`.
+    """
+
+    outer: str = "ebb"
+    inner: str = "xnor"
+    roles: tuple[str, ...] = _BINARY
+    group: int = 0
+    estimator: str = "ste"
+    drift: float = 4.0
+    scale_drift: float = 1.0
+    input_rate: float = 1e-3
+    penalty: float = 9e-2
+    mimicking: float = 1e-4
+    part: int = 4
+    normalized: bool = False
+    progressive: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("outer", "inner"):
+            if getattr(self, name) not in binarizers:
+                raise unknown(f"value of {name}", getattr(self, name), binarizers.names())
+        if self.estimator not in estimators:
+            raise unknown("value of estimator", self.estimator, estimators.names())
+        check_roles(self.roles)
+        if not self.roles:
+            raise DQError("roles is empty: nothing would be binarized")
+        for name in ("group", "drift", "scale_drift", "input_rate", "penalty", "mimicking"):
+            if getattr(self, name) < 0:
+                raise DQError(f"{name} is 0 or more, not {getattr(self, name)}")
+        if self.part < 1:
+            raise DQError(f"part is 1 or more, not {self.part}")
+
+    def decide(self, job: Job) -> Plan:
+        """Give weights what their binarizer will put out; see `Method.decide`.
+
+        Raises:
+            DQError: If no layer of the plan has one of the roles.
+        """
+        roles, wanted = job.family.roles(job.model), set(self.roles)
+        chosen = {name for name in job.plan.layers if roles[name] in wanted}
+        if not chosen:
+            raise DQError(
+                f"no layer of the plan has one of the roles {', '.join(self.roles)}; put a step "
+                "such as ptq before, which quantizes them"
+            )
+        outer = self._outer(job)
+        layers = {
+            name: dataclasses.replace(spec, weight=self._stored(name in outer))
+            if name in chosen
+            else spec
+            for name, spec in job.plan.layers.items()
+        }
+        return dataclasses.replace(job.plan, layers=layers)
+
+    def learn(self, job: Job) -> None:
+        """See `Finetuning.learn`."""
+        samples, held_out = self.samples(job.calibration), self.samples(self.others(job))
+        schedule = self.schedule(job)
+        chosen, outer = layers_of(job, self.roles), self._outer(job)
+        layers = {name: job.model.get_submodule(name) for name in chosen}
+        made = {
+            n: self._begin(m, n in outer) for n, m in layers.items() if isinstance(m, QuantLayer)
+        }
+        groups = [group for name in chosen for group in self._groups(layers[name], made[name])]
+        inputs = static_inputs(job.model)
+        if inputs and self.input_rate:
+            groups.append(Group([q.learn() for q in inputs], self.input_rate))
+        learned = sum(p.numel() for group in groups for p in group.parameters)
+        words = share(job.model, learned)
+        logger.info("binarydm: %s", words)
+        first = samples.batch(samples.shuffled(schedule.seed)[: schedule.batch])
+        loss = self._loss(job, [*made.values()], first)
+        order = self._order(chosen)
+
+        def at(progress: float) -> None:
+            step = math.inf if progress >= 1 else progress * schedule.steps
+            for name, binarizer in made.items():
+                binarizer.at(progress)
+                started = not self.progressive or step >= order[name]
+                layer: Any = layers[name]
+                layer.binarizer = binarizer if started else nn.Identity()
+
+        stage = job.calibration.stage("binarydm")
+        found = tune(groups, loss, samples, held_out, schedule, job.calibration.work, stage, at)
+        for name, binarizer in made.items():
+            self._end(layers[name], binarizer)
+        for quantizer in inputs:
+            quantizer.settle()
+        said = (
+            f"{words}; loss on held-out images {found.best:.4g}, {found.start:.4g} before; from "
+            f"step {found.step} of {self.steps}"
+        )
+        logger.info("binarydm: %s", said)
+        job.plan = dataclasses.replace(job.plan, notes={**job.plan.notes, "binarydm": said})
+
+    def _outer(self, job: Job) -> set[str]:
+        """Return the names of all layers near to input and output."""
+        ends = tuple(f"{name}." for name in job.family.outer(job.model))
+        return {name for name in job.family.roles(job.model) if name.startswith(ends)}
+
+    def _binarizer(self, matrix: Tensor, outer: bool) -> Binarizer:
+        name = self.outer if outer else self.inner
+        options: dict[str, Any] = {"estimator": self.estimator} if name == "xnor" else {}
+        return binarizers[name](matrix, self.group, **options)
+
+    def _stored(self, outer: bool) -> TensorSpec:
+        return self._binarizer(torch.ones(1, self.group or 1), outer).spec
+
+    def _begin(self, layer: QuantLayer, outer: bool) -> Binarizer:
+        """Make weight and bias of a layer learnable; return what makes bits of the weight."""
+        matrix = layer.matrix().detach().float()
+        layer.latent = FullWeight(matrix)
+        bias = layer.changed_bias()
+        if bias is not None:
+            layer.latent_bias = nn.Parameter(bias.detach().float().clone())
+        made = self._binarizer(matrix, outer).to(matrix.device)
+        layer.binarizer = made
+        return made
+
+    def _groups(self, layer: Any, binarizer: Binarizer) -> list[Group]:
+        size = float(layer.latent.value.detach().abs().mean())
+        weights = [*layer.latent.parameters()]
+        weights += [] if layer.latent_bias is None else [layer.latent_bias]
+        scales = [*binarizer.parameters()]
+        groups = [Group(weights, self.drift * size / self.steps)]
+        return groups + ([Group(scales, self.scale_drift * size / self.steps)] if scales else [])
+
+    def _loss(self, job: Job, made: list[Binarizer], first: Call) -> Any:
+        """Return the loss of a batch: of the output, the features and the second scales."""
+        blocks = job.family.blocks(job.model) if self.mimicking else ()
+        weighs = self.mimicking, 1.0
+        distilled = Distillation(job.model, blocks, *weighs, autocast=self.autocast)
+        if blocks:
+            _, features = distilled.teacher(first)
+            distilled.local = Mimicry(features, self.part, self.normalized)
+
+        def loss(call: Call) -> Tensor:
+            vanishing = [b.regularizer() for b in made]
+            known = [r for r in vanishing if r.requires_grad]
+            total = distilled(call)
+            return total + self.penalty * torch.stack(known).mean() if known else total
+
+        return loss
+
+    def _order(self, chosen: list[str]) -> Mapping[str, int]:
+        """Return the step that each layer begins at: from the middle of the model to its ends."""
+        middle = (len(chosen) - 1) / 2
+        return {name: round(abs(index - middle)) for index, name in enumerate(chosen)}
+
+    def _end(self, layer: Any, binarizer: Binarizer) -> None:
+        """Put what is stored in the place of what has learned."""
+        codes, scales, spec = binarizer.export(layer.latent())
+        assert spec == layer.spec.weight  # as it was decided
+        layer.codes, layer.binarizer = codes, None
+        quantizer = Quantizer(spec)
+        quantizer.set_scales(scales)
+        layer.weight_quantizer = quantizer
