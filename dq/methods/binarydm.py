@@ -129,10 +129,8 @@ class BinaryDM(Finetuning):
         samples, held_out = self.samples(job.calibration), self.samples(self.others(job))
         schedule = self.schedule(job)
         chosen, outer = layers_of(job, self.roles), self._outer(job)
-        layers = {name: job.model.get_submodule(name) for name in chosen}
-        made = {
-            n: self._begin(m, n in outer) for n, m in layers.items() if isinstance(m, QuantLayer)
-        }
+        layers: dict[str, Any] = {name: job.model.get_submodule(name) for name in chosen}
+        made = {name: self._begin(layer, name in outer) for name, layer in layers.items()}
         groups = [group for name in chosen for group in self._groups(layers[name], made[name])]
         inputs = static_inputs(job.model)
         if inputs and self.input_rate:
@@ -149,8 +147,7 @@ class BinaryDM(Finetuning):
             for name, binarizer in made.items():
                 binarizer.at(progress)
                 started = not self.progressive or step >= order[name]
-                layer: Any = layers[name]
-                layer.binarizer = binarizer if started else nn.Identity()
+                layers[name].binarizer = binarizer if started else nn.Identity()
 
         stage = job.calibration.stage("binarydm")
         found = tune(groups, loss, samples, held_out, schedule, job.calibration.work, stage, at)

@@ -40,8 +40,8 @@ def _build(found: re.Match[str]) -> Recipe:
 
 
 for _name, _help in {
-    "binarydm-w1a8": "1-bit weights that learn, 8-bit inputs; -lmb, -ternary, -fdb for up to 2 bits, "
-    "-g64 for groups",
+    "binarydm-w1a8": "1-bit weights that learn, 8-bit inputs; -lmb, -ternary, -fdb for up to 2 "
+    "bits, -g64 for groups",
     "binarydm-w1a16": "the same with float inputs: memory only",
     "binarydm-w1a4": "the same with 4-bit inputs, attention at 8 bits; experimental",
 }.items():
