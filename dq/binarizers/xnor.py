@@ -39,7 +39,7 @@ class XNOR(Binarizer):
         centre = parts.mean(-1, keepdim=True) if centred else None
         self.register_buffer("centre", centre)
         left = parts if centre is None else parts - centre
-        self.register_buffer("unit", left.std(-1, keepdim=True).clamp_min(1e-12))
+        self.register_buffer("unit", left.std(-1, keepdim=True, correction=0).clamp_min(1e-12))
         self.unit: Tensor
 
     @property

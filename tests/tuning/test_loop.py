@@ -126,6 +126,27 @@ def test_every_sample_is_seen_once_in_an_epoch() -> None:
     assert seen[:40] != seen[40:80]
 
 
+def test_steps_know_how_far_the_run_is_and_states_are_chosen_by_its_end() -> None:
+    model, told, judged = Line(), [], []
+    now = 0.0
+
+    def at(progress: float) -> None:
+        nonlocal now
+        now = progress
+
+    def loss(call: Call) -> Tensor:
+        (told if torch.is_grad_enabled() else judged).append(now)
+        return model.loss(call) + (0.0 if now == 1 else -100.0)  # on the way it seems better
+
+    schedule = Schedule(steps=20, batch=6)
+    groups = [Group([model.slope], 0.1)]
+    found = tune(groups, loss, data(0), data(1), schedule, Work(None), "s", at)
+    assert told == [step / 20 for step in range(20)]
+    assert set(judged) == {1.0}
+    assert found.best > 0
+    assert now == 1.0
+
+
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(DQError, match="not finite in step 0; lower the learning rates"):
         model = Line()

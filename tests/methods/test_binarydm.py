@@ -1,0 +1,159 @@
+"""Learning of one-bit weights on tiny models: what is binarized, by what, and what is stored."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dq.binarizers import binarizers
+from dq.calibrate import CalibrationSpec, NeedsData
+from dq.engine import quantize
+from dq.errors import DQError
+from dq.family import Role, family_of
+from dq.method import Method
+from dq.methods.binarydm import BinaryDM
+from dq.methods.ptq import PTQ
+from dq.nn import packed_layers
+from dq.plan import Plan
+from dq.recipe import Recipe
+from tests.methods.test_quest import held_out_error
+from tests.models import MODELS
+from tests.packed import same_state
+from tests.sources import Samples
+
+WIDE = ("io", "time", "modulation", "caption")
+W8 = PTQ("int8", "int8", "static", wide_roles=WIDE)
+SHORT = BinaryDM(steps=4, batch=4)
+each = pytest.mark.parametrize("name", ["sd32", "dit64", "sd3"])
+
+
+def network(name: str = "dit64") -> nn.Module:
+    return MODELS[name].network(MODELS[name].build()).eval()
+
+
+def learned(
+    step: BinaryDM, name: str = "dit64", first: Method = W8, work: Path | None = None
+) -> tuple[nn.Module, Plan]:
+    model = network(name)
+    recipe = Recipe("t", (first, step), CalibrationSpec(n=4, steps=2, batch=2))
+    return model, quantize(model, recipe, Samples(model), work)
+
+
+@each
+def test_blocks_have_one_bit_and_the_rest_eight(name: str) -> None:
+    model, plan = learned(SHORT, name)
+    roles = family_of(network(name)).roles(network(name))
+    bits: dict[int, set[Role]] = {}
+    for layer, spec in plan.layers.items():
+        bits.setdefault(spec.weight.code_bits, set()).add(roles[layer])
+    assert set(bits) == {1, 8}
+    assert bits[8] <= {Role.IO, Role.TIME, Role.MODULATION, Role.CAPTION}
+    assert not bits[1] & bits[8]
+    for layer in packed_layers(model).values():
+        if layer.spec.weight.is_binary:
+            scale = layer.weight_scale.flatten()
+            matrix = layer.float_weight().flatten(1)
+            assert torch.equal(matrix.abs(), scale[:, None].expand_as(matrix))
+
+
+@each
+def test_outer_layers_are_those_of_the_family(name: str) -> None:
+    step = BinaryDM(steps=1, batch=2, outer="lmb")
+    _, plan = learned(step, name)
+    family, model = family_of(network(name)), network(name)
+    two = {n for n, spec in plan.layers.items() if spec.weight.bases == 2}
+    one = {n for n, spec in plan.layers.items() if spec.weight.is_binary} - two
+    ends = tuple(f"{n}." for n in family.outer(model))
+    assert two
+    assert all(n.startswith(ends) for n in two)
+    assert not any(n.startswith(ends) for n in one)
+
+
+@pytest.mark.parametrize("outer", binarizers.names())
+def test_learning_helps_whatever_the_binarizer(outer: str) -> None:
+    long = BinaryDM(outer, outer, steps=40, batch=8, drift=1.0)
+    none = BinaryDM(outer, outer, steps=1, batch=2, drift=0.0, scale_drift=0.0, input_rate=0.0)
+    errors = [held_out_error(learned(step)[0], "dit64") for step in (none, long)]
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"group": 16},
+        {"estimator": "reste"},
+        {"estimator": "biper"},
+        {"progressive": True},
+        {"mimicking": 0.0},
+        {"mimicking": 1.0, "normalized": True},
+        {"compute": "bfloat16"},
+        {"checkpointing": True},
+        {"roles": ["feed-forward"]},
+    ],
+    ids=str,
+)
+def test_what_is_packed_is_what_was_learned(settings: dict[str, Any]) -> None:
+    step = BinaryDM(**{"steps": 4, "batch": 2, **settings})  # type: ignore[arg-type]
+    model, plan = learned(step)
+    assert "% of" in plan.notes["binarydm"]
+    call = family_of(model).sample_inputs(model, 2, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert bool(model(**call, return_dict=False)[0].isfinite().all())
+    for layer in packed_layers(model).values():
+        if settings.get("group") and layer.spec.weight.is_binary:
+            assert layer.weight_scale.shape[1] == layer.columns // 16
+
+
+def test_a_killed_run_ends_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = BinaryDM(steps=20, batch=4, progressive=True)
+    expected, _ = learned(step)
+    from dq.tuning import loop
+
+    advance, left = loop._Loop.advance, itertools.count()
+
+    def dying(self: Any) -> None:
+        if next(left) == 13:
+            raise KeyboardInterrupt
+        advance(self)
+
+    monkeypatch.setattr(loop._Loop, "advance", dying)
+    with pytest.raises(KeyboardInterrupt):
+        learned(step, work=tmp_path)
+    monkeypatch.undo()
+    again, _ = learned(step, work=tmp_path)
+    assert same_state(again, expected)
+
+
+def test_without_data_it_says_what_it_needs() -> None:
+    model = network()
+    with pytest.raises(NeedsData):
+        quantize(model, Recipe("t", (PTQ("int8"), SHORT), CalibrationSpec()), None)
+
+
+def test_a_plan_without_such_layers_is_refused() -> None:
+    with pytest.raises(DQError, match="no layer of the plan has one of the roles"):
+        learned(BinaryDM(roles=(Role.CROSS_ATTENTION,)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"outer": "eb"}, "Did you mean 'ebb'"),
+        ({"inner": "xnorr"}, "Did you mean 'xnor'"),
+        ({"estimator": "stee"}, "Did you mean 'ste'"),
+        ({"roles": []}, "roles is empty"),
+        ({"part": 0}, "part is 1 or more, not 0"),
+        ({"penalty": -1}, "penalty is 0 or more, not -1"),
+        ({"group": 7}, "group size 7 does not divide"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(DQError, match=text):
+        learned(Recipe.from_dict({"steps": [{"method": "binarydm", **settings}]}).steps[0])  # type: ignore[arg-type]
