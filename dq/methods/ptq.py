@@ -9,6 +9,7 @@ Ranges are searched by squared error. Floats and blocks go by the same step; see
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from dq.family import (
 )
 from dq.method import Job, Method, methods
 from dq.methods.bos import BOS
-from dq.methods.suffix import SUFFIX, changes, rounding
+from dq.methods.suffix import ROUNDING, SUFFIX, changes, rounding
 from dq.nn import describe, matrix_shape
 from dq.nn.layers import Layer, input_channels
 from dq.plan import LayerSpec, Plan
@@ -32,6 +33,12 @@ from dq.recipe import Recipe, Template, templates
 from dq.spec import Granularity, TensorSpec
 
 __all__ = ["PTQ"]
+
+
+_ONE_BIT = (
+    "a sign and a scale lose 36 to 50 % of a weight's energy: images are lost without training; "
+    "use recipe binarydm-w1a8, which trains, or at least ternary or binary-x2"
+)
 
 
 class _Pair(NamedTuple):
@@ -94,6 +101,9 @@ class PTQ(Method):
         dynamic = job.family.is_dynamic(self.dynamic)
         narrow, wide = self._pairs(dynamic)
         layers, notes = {}, {}
+        if narrow.weight.is_binary and narrow.weight.bases == 1:
+            warnings.warn(f"{self.weights}: {_ONE_BIT}", stacklevel=2)
+            notes["1-bit weights"] = _ONE_BIT
         for name, layer in quantizable(job.model).items():
             spec, note = self._decide(roles[name], layer, narrow, wide, splits.get(name, ()))
             if spec is not None:
@@ -172,6 +182,24 @@ for _name, _help in _LINES.items():
     _weight, _input = re.findall(r"\d+", _name)
     _pattern = rf"w(?P<weight>{_weight})a(?P<input>{_input}){_NAME_END}"
     templates.add(_name, Template(_pattern, _help, _build))
+
+
+def _signs(found: re.Match[str]) -> Recipe:
+    group = f"-g{found['group']}" if found["group"] else ""
+    base, _, bases = found["weight"].partition("-")
+    inputs = FLOAT if found["input"] == "16" else "int8"
+    ptq = PTQ(f"{base}{group}{'-' if bases else ''}{bases}", inputs)
+    kept = () if inputs == FLOAT else (BOS(),)
+    return Recipe(found[0], (ptq, *kept, *rounding(found, "gptq")))
+
+
+for _name, _help in {
+    "ternary-a8": "weights of -1, 0 and 1 by GPTQ, 8-bit inputs; -a16 float inputs, -g64 groups",
+    "binary-x2-a8": "the same with sums of two scaled signs",
+    "binary-a8": "the same with one, which needs training: see binarydm-w1a8",
+}.items():
+    _pattern = rf"(?P<weight>{_name[:-3]})(-g(?P<group>\d+))?-a(?P<input>8|16){ROUNDING}"
+    templates.add(_name, Template(_pattern, _help, _signs))
 templates.add(
     "wXaY",
     Template(

@@ -173,3 +173,18 @@ def test_groups_that_cannot_be(settings: dict[str, str], message: str) -> None:
 def test_float_inputs_have_no_scales(name: str) -> None:
     with pytest.raises(DQError, match="inputs stay in floating point: they have no static"):
         Recipe.get(name)
+
+
+@pytest.mark.parametrize("name", ["binary", "binary-g16"])
+def test_one_bit_without_training_is_warned_of(name: str) -> None:
+    with pytest.warns(UserWarning, match="use recipe binarydm-w1a8, which trains"):
+        plan = plan_of("dit64", weights=name)
+    assert "binarydm" in plan.notes["1-bit weights"]
+
+
+@pytest.mark.parametrize("name", ["ternary", "ternary-g16", "binary-x2", "binary-g16-x2"])
+def test_three_levels_and_two_bases_are_not(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    plan = plan_of("dit64", weights=name)
+    assert not recwarn.list
+    assert "1-bit weights" not in plan.notes
+    assert any(spec.weight.code_bits == 2 for spec in plan.layers.values())

@@ -26,9 +26,7 @@ def test_the_basis_is_orthonormal_and_a_part_of_the_channels(
 def test_it_finds_the_directions_that_vary_most() -> None:
     rotation, _ = torch.linalg.qr(features((16, 16), 1))
     strength = torch.tensor([9.0, 7.0, 5.0, 3.0] + [0.1] * 12)
-    x = (
-        features((2, 500, 16)) * strength
-    ) @ rotation.mT + 4  # a shift of all is no direction
+    x = (features((2, 500, 16)) * strength) @ rotation.mT + 4  # a shift of all is no direction
     basis = leading(x, 4)
     assert torch.allclose(basis @ basis.mT, rotation[:, :4] @ rotation[:, :4].mT, atol=1e-2)
 
