@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from dq.errors import DQError
+from dq.family import family_of
 from dq.integration import DQQuantizer
 from dq.kernels.measured import table
 from dq.pipelines.footprint import Footprint, footprint
+from dq.pipelines.operations import Operations, operations
 from dq.pipelines.pipeline import load_denoiser, resolve
 from dq.tables import aligned
 
@@ -31,12 +33,14 @@ class Inspection:
         bytes_on_disk: Size of the denoiser's weight files, headers included.
         footprint: What they hold.
         notes: Where the recipe was not followed to the letter, by layer.
+        operations: Of one image at one step, in theory; None if they were not asked for.
     """
 
     model: str
     bytes_on_disk: int
     footprint: Footprint
     notes: dict[str, str]
+    operations: Operations | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -50,6 +54,7 @@ class Inspection:
             "average_weight_bits": count.average_weight_bits,
             "notes": self.notes,
             "attention": count.attention,
+            "theoretical": None if self.operations is None else self.operations.to_dict(),
             "layers": [
                 {
                     "name": layer.name,
@@ -70,15 +75,16 @@ class Inspection:
             f"on disk  {self.bytes_on_disk / 1e6:.3f} MB; "
             f"the plan says {count.planned_bytes / 1e6:.3f} MB",
         ]
+        theory = [] if self.operations is None else [str(self.operations)]
         if not count.layers:
-            return "\n".join([*lines, "not quantized"])
+            return "\n".join([*lines, "not quantized", *theory])
         lines.append(
             f"bits     {count.average_weight_bits:.2f} a weight, scales and zero points included"
         )
         lines += ["", *_table(count), ""]
         for words, number in count.attention.items():
             lines.append(f"attention {words}: simulated, {number} sites")
-        lines.append(table().summary())
+        lines += [table().summary(), *theory]
         lines += [f"note     {name}: {note}" for name, note in self.notes.items()]
         return "\n".join(lines)
 
@@ -95,7 +101,10 @@ def _table(count: Footprint) -> list[str]:
 
 
 def inspect_folder(
-    model: str | os.PathLike[str], dtype: torch.dtype, device: str = "cpu"
+    model: str | os.PathLike[str],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    theoretical: bool = False,
 ) -> Inspection:
     """Load the denoiser of a checkpoint, and nothing else, and count it.
 
@@ -103,6 +112,7 @@ def inspect_folder(
         model: Folder of a pipeline, or a checkpoint of dq.
         dtype: Compute dtype to report for.
         device: Where it is to run: kernels differ.
+        theoretical: Whether to count operations too, which takes a forward call.
 
     Raises:
         DQError: If it is no pipeline folder.
@@ -116,4 +126,9 @@ def inspect_folder(
     plan = quantizer.plan if isinstance(quantizer, DQQuantizer) else None
     notes = {} if plan is None else dict(plan.notes)
     size = sum(f.stat().st_size for f in files)
-    return Inspection(os.fspath(model), size, footprint(denoiser.to(device)), notes)
+    denoiser = denoiser.to(device)
+    theory = None
+    if theoretical:
+        inputs = family_of(denoiser).sample_inputs(denoiser, 1, torch.Generator().manual_seed(0))
+        theory = operations(denoiser, inputs)
+    return Inspection(os.fspath(model), size, footprint(denoiser), notes, theory)

@@ -149,7 +149,15 @@ def test_bench_draws_a_plot_and_prints_a_profile(folder: Path, tmp_path: Path) -
 
 
 def test_inspect_of_a_float_model(folder: Path) -> None:
-    assert "not quantized" in dq("inspect", folder).stdout
+    text = dq("inspect", folder, "--theoretical").stdout
+    assert "not quantized" in text
+    assert "theoretical" in text
+
+
+def test_inspect_counts_operations_if_asked(packed: Path) -> None:
+    found = json.loads(dq("inspect", packed, "--theoretical", "--json").stdout)["theoretical"]
+    assert 0 < found["bit_operations"] < 64 * found["macs"]
+    assert json.loads(dq("inspect", packed, "--json").stdout)["theoretical"] is None
 
 
 def test_generate_one_and_several(packed: Path, tmp_path: Path) -> None:
