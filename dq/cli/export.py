@@ -14,7 +14,7 @@ __all__ = ["export"]
 
 def export(
     model: Model,
-    to: Annotated[str, typer.Option("--to", help="layout: bfl, modelopt, torchao or mx")],
+    to: Annotated[str, typer.Option("--to", help="layout: bfl, gemlite, modelopt, torchao or mx")],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
     dtype: Dtype = "bfloat16",
     component: Annotated[str | None, typer.Option(help="denoiser, if there are several")] = None,

@@ -4,6 +4,7 @@
 |-------------------|------------------------------------------------------------------------------|
 | "fp8"             | `(N, K)` float8_e4m3fn; `(N,)` float32                                       |
 | "int8"            | `(N, K)` int8; `(N,)` float32                                                |
+| "groups"          | codes of whole numbers; `(N, G)` float32 of each group                       |
 | "nvfp4"           | `(N, K / 2)` uint8; `(N, K / 16)` float8_e4m3fn; a float32 for all           |
 | "mxfp4"           | `(N, K / 2)` uint8; `(N, K / 32)` uint8, E8M0                                |
 | "mxfp6", "mxfp8"  | `(N, K)` uint8, an element a byte; `(N, K / 32)` uint8, E8M0                 |
@@ -19,13 +20,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dq.formats import IntFormat, formats
+from dq.formats import formats
 from dq.nn import PackedLayer
 from dq.scales import Scales
 from dq.spec import TensorSpec
 from dq.storage import unpack_codes
 
-__all__ = ["Blocks", "e2m1_pairs", "form", "fp8", "int8", "mx", "nvfp4"]
+__all__ = ["Blocks", "codes_of", "e2m1_pairs", "form", "fp8", "int8", "mx", "nvfp4"]
 
 
 class Blocks(NamedTuple):
@@ -49,8 +50,9 @@ def form(spec: TensorSpec) -> str | None:
     code times multiplier is an 8-bit integer (see `dq.spec`). Floats with a scale a row are fp8 if
     all of their levels are e4m3 ones.
     """
-    if isinstance(spec.grid, IntFormat):
-        return "int8" if spec.is_int8 else None
+    if spec.grid.is_integer:
+        grouped = spec.symmetric and spec.scale_grid is None and spec.bases == 1
+        return "int8" if spec.is_int8 else "groups" if grouped else None
     if spec.has_float_blocks:
         return spec.block_format
     return "fp8" if spec.scaled_by_row and formats["e4m3"].contains(spec.grid) else None
@@ -70,6 +72,18 @@ def int8(layer: PackedLayer) -> tuple[Tensor, Tensor]:
         groups = scales.multiplier.shape[1]
         levels = (levels.unflatten(1, (groups, -1)) * scales.multiplier.unsqueeze(-1)).flatten(1)
     return levels.to(torch.int8), scales.scale.flatten()
+
+
+def codes_of(layer: PackedLayer) -> tuple[Tensor, Tensor, float]:
+    """Return codes `(N, K)` uint8, the scale of a code and its zero, W = (code - zero) scale.
+
+    Scales are `(N, G)` float32. Of signs, whose codes are 0 and 1, the zero is 1/2.
+    """
+    codes, scales = _unpacked(layer)
+    spec = layer.spec.weight
+    if spec.is_binary:
+        return codes, 2 * scales.step, 0.5
+    return codes, scales.step, float(1 << (spec.code_bits - 1))
 
 
 def nvfp4(layer: PackedLayer) -> Blocks:
