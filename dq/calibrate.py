@@ -56,6 +56,9 @@ class CalibrationSpec:
         steps: Denoising steps of each.
         batch: Images drawn at a time.
         seed: Of image 0; image i has seed + i.
+        folder: Of images that the denoiser is to see, with noise, instead of those that it draws
+            itself; their captions are the prompts unless some are given. Empty for none.
+        first: Number of the prompt, or image of the folder, that is taken first.
     """
 
     prompts: tuple[str, ...] | None = None
@@ -63,6 +66,8 @@ class CalibrationSpec:
     steps: int = 10
     batch: int = 8
     seed: int = 0
+    folder: str = ""
+    first: int = 0
 
     def __post_init__(self) -> None:
         for name in ("n", "steps", "batch"):

@@ -7,18 +7,21 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dq.calibrate import CalibrationSpec
 from dq.errors import DQError, unknown
+from dq.pipelines.noised import caption_of, folder_files, noised
 from dq.pipelines.prompts import PROMPTS
 from dq.progress import track
 from dq.work import fingerprint
 
 __all__ = ["PipelineSource", "default_prompts", "draw", "repeated"]
+
+T = TypeVar("T")
 
 
 def default_prompts(pipe: Any) -> tuple[str, ...]:
@@ -124,6 +127,11 @@ def _quiet(pipe: Any) -> Iterator[None]:
         pipe._progress_bar_config = before
 
 
+def _turns(every: Sequence[T], spec: CalibrationSpec) -> list[T]:
+    """Return one of them an image, from the first that is asked for on, in turns."""
+    return [every[(spec.first + i) % len(every)] for i in range(spec.n)]
+
+
 @dataclass(frozen=True)
 class PipelineSource:
     """Makes the denoiser of a pipeline run, for calibration; see `dq.calibrate.Source`.
@@ -143,7 +151,12 @@ class PipelineSource:
     @torch.no_grad()
     def run(self, spec: CalibrationSpec, batch: int) -> Tensor:
         """Draw the images of one batch; latents where the pipeline gives them."""
-        return self._drawn(spec, batch, "latent")
+        if not spec.folder:
+            return self._drawn(spec, batch, "latent")
+        files = _turns(folder_files(spec.folder), spec)
+        mine = [files[i] for i in self._indices(spec, batch)]
+        with noised(self.pipe, self.pipe.denoiser, mine, spec.seed + batch * spec.batch):
+            return self._drawn(spec, batch, "latent")
 
     @torch.no_grad()
     def images(self, spec: CalibrationSpec, batch: int) -> Tensor:
@@ -151,21 +164,24 @@ class PipelineSource:
         return self._drawn(spec, batch, "np").permute(0, 3, 1, 2)
 
     def _drawn(self, spec: CalibrationSpec, batch: int, output_type: str) -> Tensor:
-        prompts = repeated(self._prompts(spec), spec.n)
-        indices = range(batch * spec.batch, min((batch + 1) * spec.batch, spec.n))
+        prompts, indices = self._prompts(spec), self._indices(spec, batch)
         chosen = [prompts[i] for i in indices]
         seeds = [spec.seed + i for i in indices]
         drawn = draw(self.pipe, chosen, seeds, spec.steps, self.guidance, spec.batch, output_type)
         return torch.stack([torch.as_tensor(image).float().cpu() for image in drawn])
 
-    def _prompts(self, spec: CalibrationSpec) -> Sequence[str]:
-        return spec.prompts or default_prompts(self.pipe)
+    def _indices(self, spec: CalibrationSpec, batch: int) -> range:
+        return range(batch * spec.batch, min((batch + 1) * spec.batch, spec.n))
+
+    def _prompts(self, spec: CalibrationSpec) -> list[str]:
+        """Return one prompt an image."""
+        if spec.prompts is None and spec.folder:
+            return _turns([caption_of(file) for file in folder_files(spec.folder)], spec)
+        return _turns(spec.prompts or default_prompts(self.pipe), spec)
 
     def held_out(self, spec: CalibrationSpec, n: int) -> CalibrationSpec:
         """Return the prompts that follow those of `spec`, with seeds of their own."""
-        prompts = self._prompts(spec)
-        following = tuple(prompts[(spec.n + i) % len(prompts)] for i in range(n))
-        return dataclasses.replace(spec, prompts=following, n=n, seed=spec.held_out_seed)
+        return dataclasses.replace(spec, n=n, first=spec.first + spec.n, seed=spec.held_out_seed)
 
     def identity(self, spec: CalibrationSpec) -> dict[str, Any]:
         """Return the prompts, the scheduler, and a fingerprint of each text encoder."""
@@ -173,7 +189,7 @@ class PipelineSource:
         parts = {name: part for name, part in pipe.components.items() if "encoder" in name}
         return {
             "calibration": dataclasses.asdict(spec),
-            "prompts": list(repeated(self._prompts(spec), spec.n)),
+            "prompts": self._prompts(spec),
             "guidance": self.guidance,
             "scheduler": [type(pipe.scheduler).__name__, repr(dict(pipe.scheduler.config))],
             "encoders": {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dq.calibrate import CalibrationSpec
 
 __all__ = [
-    "AsJson", "Device", "Dtype", "Guidance", "Model", "Overwrite", "Prompts", "Seed", "Steps",
+    "AsJson", "Device", "Dtype", "Guidance", "ImageFolder", "Model", "Overwrite", "Prompts", "Seed", "Steps",
     "calibration", "dtype_of", "lines", "numbers", "placed", "print_json", "words",
 ]  # fmt: skip
 
@@ -28,6 +28,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale; default: the pipeline's")]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt or class name a line")]
+ImageFolder = Annotated[
+    Path | None, typer.Option(help="images to calibrate on, captions beside them or as names")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an output that exists")]
 
 
@@ -52,6 +55,7 @@ def calibration(
     images: int | None,
     steps: int | None,
     seed: int | None,
+    folder: Path | None,
     default: CalibrationSpec | None = None,
 ) -> CalibrationSpec:
     """Return the default calibration with what was given on the command line."""
@@ -60,6 +64,7 @@ def calibration(
     from dq.calibrate import CalibrationSpec
 
     given = {"n": images, "steps": steps, "seed": seed, "prompts": lines(prompts)}
+    given["folder"] = None if folder is None else str(folder)
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     return replace(default or CalibrationSpec(), **changes)
 

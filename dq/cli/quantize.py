@@ -13,6 +13,7 @@ from dq.cli.options import (
     AsJson,
     Device,
     Dtype,
+    ImageFolder,
     Model,
     Overwrite,
     Prompts,
@@ -35,6 +36,7 @@ def quantize(
     images: Annotated[int | None, typer.Option(help="calibration images")] = None,
     steps: Annotated[int | None, typer.Option(help="calibration steps an image")] = None,
     seed: Annotated[int | None, typer.Option(help="calibration seed")] = None,
+    image_folder: ImageFolder = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     component: Annotated[str | None, typer.Option(help="denoiser, if there are several")] = None,
@@ -54,7 +56,7 @@ def quantize(
 
     check_free(output, overwrite)
     wanted = Recipe.get(recipe)
-    spec = calibration(prompts, images, steps, seed, wanted.calibration)
+    spec = calibration(prompts, images, steps, seed, image_folder, wanted.calibration)
     wanted = replace(wanted, calibration=spec)
     work = output.with_name(f".{output.name}.work")
     start = time.perf_counter()

@@ -11,6 +11,7 @@ from dq.cli.options import (
     AsJson,
     Device,
     Dtype,
+    ImageFolder,
     Model,
     Overwrite,
     Prompts,
@@ -31,6 +32,7 @@ def sensitivity(
     images: Annotated[int | None, typer.Option(help="calibration images")] = None,
     steps: Annotated[int | None, typer.Option(help="calibration steps an image")] = None,
     seed: Annotated[int | None, typer.Option(help="calibration seed")] = None,
+    image_folder: ImageFolder = None,
     weights: Annotated[
         str, typer.Option(help="weight formats that compete")
     ] = "int2,int3,int4,int5,int6,int8",
@@ -78,7 +80,7 @@ def sensitivity(
     runs = words(run_weights), words(run_inputs)
     part, content = 0.0 if fast else share, "ssim" if ssim else "noise"
     settings = Settings(*runs, part, batches, calls, content, prefix=not no_prefix)
-    spec = calibration(prompts, images, steps, seed)
+    spec = calibration(prompts, images, steps, seed, image_folder)
     asked = Asked(method, settings, tuple(numbers(bits)), check)
     report = run(model, output, asked, spec, dtype_of(dtype), device, overwrite)
     if report is None:  # another process reports
