@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dq.calibrate import CalibrationSpec
 
 __all__ = [
-    "AsJson", "Device", "Dtype", "Guidance", "ImageFolder", "Model", "Overwrite", "Prompts", "Seed", "Steps",
+    "AsJson", "Device", "Dtype", "Guidance", "ImageFolder", "Model", "Overwrite", "Prompts",
+    "Seed", "Steps",
     "calibration", "dtype_of", "lines", "numbers", "placed", "print_json", "words",
 ]  # fmt: skip
 
@@ -63,9 +64,9 @@ def calibration(
 
     from dq.calibrate import CalibrationSpec
 
-    given = {"n": images, "steps": steps, "seed": seed, "prompts": lines(prompts)}
+    given: dict[str, Any] = {"n": images, "steps": steps, "seed": seed, "prompts": lines(prompts)}
     given["folder"] = None if folder is None else str(folder)
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    changes = {key: value for key, value in given.items() if value is not None}
     return replace(default or CalibrationSpec(), **changes)
 
 
