@@ -7,6 +7,7 @@ features of every block. Recipes by name are in `dq.methods.binarydm_recipes`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -26,6 +27,7 @@ from dq.method import Job, methods
 from dq.methods.finetuning import Finetuning, layers_of, share, static_inputs
 from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight
+from dq.nn.swap import replace
 from dq.plan import Plan
 from dq.spec import TensorSpec
 from dq.tuning.distill import Distillation
@@ -62,6 +64,7 @@ class BinaryDM(Finetuning):
         drift: Learning rate of weights, in mean magnitudes of theirs over all steps.
         scale_drift: Likewise of their scales.
         input_rate: Learning rate of the logarithms of the scales of static inputs (LSQ).
+        norm_rate: Learning rate of weights and biases of norms; 0 leaves them.
         penalty: Of the second scales that are to vanish, tau of the paper.
         mimicking: Weight of the distance of features, lambda of the paper; 0 for none.
         part: A K-th of the directions of features is compared.
@@ -80,6 +83,7 @@ class BinaryDM(Finetuning):
     drift: float = 4.0
     scale_drift: float = 1.0
     input_rate: float = 1e-3
+    norm_rate: float = 1e-3
     penalty: float = 9e-2
     mimicking: float = 1e-4
     part: int = 4
@@ -96,7 +100,8 @@ class BinaryDM(Finetuning):
         check_roles(self.roles)
         if not self.roles:
             raise DQError("roles is empty: nothing would be binarized")
-        for name in ("group", "drift", "scale_drift", "input_rate", "penalty", "mimicking"):
+        rates = ("drift", "scale_drift", "input_rate", "norm_rate")
+        for name in (*rates, "group", "penalty", "mimicking"):
             if getattr(self, name) < 0:
                 raise DQError(f"{name} is 0 or more, not {getattr(self, name)}")
         if self.part < 1:
@@ -124,6 +129,15 @@ class BinaryDM(Finetuning):
         }
         return dataclasses.replace(job.plan, layers=layers)
 
+    def tune(self, job: Job) -> None:
+        """See `Finetuning.tune`; norms that have learned are tensors like those before."""
+        before = {name: norm.weight for name, norm in _norms(job.model).items()}
+        kinds = {name: (weight.dtype, weight.requires_grad) for name, weight in before.items()}
+        super().tune(job)
+        for name, norm in _norms(job.model).items():
+            dtype, learns = kinds[name]
+            norm.to(dtype).requires_grad_(learns)
+
     def learn(self, job: Job) -> None:
         """See `Finetuning.learn`."""
         samples, held_out = self.samples(job.calibration), self.samples(self.others(job))
@@ -132,6 +146,12 @@ class BinaryDM(Finetuning):
         layers: dict[str, Any] = {name: job.model.get_submodule(name) for name in chosen}
         made = {name: self._begin(layer, name in outer) for name, layer in layers.items()}
         groups = [group for name in chosen for group in self._groups(layers[name], made[name])]
+        norms = _norms(job.model) if self.norm_rate else {}
+        for name, norm in norms.items():
+            replace(job.model, name, copy.deepcopy(norm).requires_grad_())
+        if norms:
+            learning = [p for n in norms for p in job.model.get_submodule(n).parameters()]
+            groups.append(Group(learning, self.norm_rate))
         inputs = static_inputs(job.model)
         if inputs and self.input_rate:
             groups.append(Group([q.learn() for q in inputs], self.input_rate))
@@ -139,7 +159,7 @@ class BinaryDM(Finetuning):
         words = share(job.model, learned)
         logger.info("binarydm: %s", words)
         first = samples.batch(samples.shuffled(schedule.seed)[: schedule.batch])
-        loss = self._loss(job, [*made.values()], first)
+        loss = self._loss(job, [*made.values()], norms, first)
         order = self._order(chosen)
 
         def at(progress: float) -> None:
@@ -194,11 +214,15 @@ class BinaryDM(Finetuning):
         groups = [Group(weights, self.drift * size / self.steps)]
         return groups + ([Group(scales, self.scale_drift * size / self.steps)] if scales else [])
 
-    def _loss(self, job: Job, made: list[Binarizer], first: Call) -> Any:
+    def _loss(
+        self, job: Job, made: list[Binarizer], norms: Mapping[str, nn.Module], first: Call
+    ) -> Any:
         """Return the loss of a batch: of the output, the features and the second scales."""
         blocks = job.family.blocks(job.model) if self.mimicking else ()
         weighs = self.mimicking, 1.0
-        distilled = Distillation(job.model, blocks, *weighs, autocast=self.autocast)
+        distilled = Distillation(
+            job.model, blocks, *weighs, autocast=self.autocast, originals=norms
+        )
         if blocks:
             _, features = distilled.teacher(first)
             distilled.local = Mimicry(features, self.part, self.normalized)
@@ -224,3 +248,16 @@ class BinaryDM(Finetuning):
         quantizer = Quantizer(spec)
         quantizer.set_scales(scales)
         layer.weight_quantizer = quantizer
+
+
+def _norms(model: nn.Module) -> dict[str, Any]:
+    """Return the norms that have a weight, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and isinstance(_weight(module), nn.Parameter)
+    }
+
+
+def _weight(module: nn.Module) -> object:
+    return getattr(module, "weight", None)

@@ -131,6 +131,23 @@ def test_a_killed_run_ends_in_the_same_bits(
     assert same_state(again, expected)
 
 
+@pytest.mark.parametrize("name", ["sd32", "flux"])
+def test_norms_learn_with_the_weights_and_the_teacher_keeps_its_own(name: str) -> None:
+    still, moved = (
+        learned(BinaryDM(steps=8, batch=2, norm_rate=rate), name)[0].bfloat16()
+        for rate in (0.0, 1e-2)
+    )
+    original = network(name).bfloat16().state_dict()
+    packed = tuple(f"{n}." for n in packed_layers(moved))
+    names = [n for n in original if not n.startswith(packed) and "norm" in n]
+    assert names
+    assert all(torch.equal(still.state_dict()[n], original[n]) for n in names)
+    changed = [n for n in names if not torch.equal(moved.state_dict()[n], original[n])]
+    assert changed
+    assert {p.dtype for n, p in moved.named_parameters() if n in changed} == {torch.bfloat16}
+    assert all(p.requires_grad for n, p in moved.named_parameters() if n in changed)
+
+
 def test_without_data_it_says_what_it_needs() -> None:
     model = network()
     with pytest.raises(NeedsData):
