@@ -102,7 +102,7 @@ class PTQ(Method):
         narrow, wide = self._pairs(dynamic)
         layers, notes = {}, {}
         if narrow.weight.is_binary and narrow.weight.bases == 1:
-            warnings.warn(f"{self.weights}: {_ONE_BIT}", stacklevel=2)
+            warnings.warn(f"{self.weights}: {_ONE_BIT}", stacklevel=1)
             notes["1-bit weights"] = _ONE_BIT
         for name, layer in quantizable(job.model).items():
             spec, note = self._decide(roles[name], layer, narrow, wide, splits.get(name, ()))
