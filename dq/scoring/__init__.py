@@ -24,7 +24,7 @@ from dq.eval.clip import Clip
 from dq.eval.features import Extractor, extractors
 from dq.eval.reference import Reference
 from dq.eval.resize import RULES
-from dq.eval.score import DISTANCES, Side, check_metrics, score
+from dq.eval.score import DISTANCES, Scores, Side, check_metrics, score
 from dq.pipelines.draw import default_prompts, repeated
 from dq.pipelines.gallery import Gallery, Settings
 from dq.pipelines.pipeline import DQPipeline, resolve
@@ -114,30 +114,13 @@ def run(
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    reference = None
-    if asked.reference is not None and extractor is not None:
-        if shown is None:
-            reference = Reference.load(asked.reference, extractor, asked.skip_bad)
-        else:
-            name = str(asked.reference)
-            reference = Reference.of_files(name, shown.files, extractor, asked.skip_bad)
+    reference = _reference(asked, shown, extractor)
     other = Side(FULL, full.files, settings.prompts, full.latents(), exact)
-    candidates = []
-    for gallery, replayed, weighed in drawn:
-        name = gallery.folder.name
-        side = Side(name, gallery.files, settings.prompts, gallery.latents(), replayed)
-        found = score(side, other, asked.metrics, extractor, clip, reference)
-        time, full_time = (_per_image(g) for g in (gallery, full))
-        per_step = time / settings.steps
-        candidates.append(
-            Candidate(name, found, **weighed, seconds_per_image=time,
-                      full_seconds_per_image=full_time, seconds_per_step=per_step)
-        )  # fmt: skip
-    report = Report(
-        weight, _facts(settings, asked, extractor, clip, reference), tuple(candidates), folder
-    )
+    found = [score(each.side(), other, asked.metrics, extractor, clip, reference) for each in drawn]
+    candidates = tuple(_candidate(d, full, f) for d, f in zip(drawn, found, strict=True))
+    report = Report(weight, _facts(settings, asked, extractor, clip, reference), candidates, folder)
     (folder / "scores.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n")
-    write_page(report, full, [gallery for gallery, *_ in drawn])
+    write_page(report, full, [each.gallery for each in drawn])
     return report
 
 
@@ -178,10 +161,24 @@ def _gallery(pipe: Any, model: str, folder: Path, settings: Settings) -> Gallery
     return Gallery(folder, f"{model} {fingerprint(pipe.denoiser, {})}", settings)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A candidate's images, what it puts out on calls of full precision, and what it weighs."""
+
+    gallery: Gallery
+    replayed: Tensor | None
+    weighed: dict[str, Any]
+
+    def side(self) -> Side:
+        """Return what is scored."""
+        gallery = self.gallery
+        prompts, latents = gallery.settings.prompts, gallery.latents()
+        return Side(gallery.folder.name, gallery.files, prompts, latents, self.replayed)
+
+
 def _draw(
     model: str, against: str, folder: Path, settings: Settings, asked: Asked, calls: Sequence[Call]
-) -> tuple[Gallery, Tensor | None, dict[str, Any]]:
-    """Return a candidate's gallery, drawn, what it puts out on calls, and what it weighs."""
+) -> _Drawn:
     recipe = _is_recipe(model)
     source, wanted = (against, model) if recipe else (model, None)
     pipe = DQPipeline.from_pretrained(source, wanted, dtype=asked.dtype).to(asked.device)
@@ -190,19 +187,38 @@ def _draw(
     gallery.draw(pipe)
     count, growth = pipe.footprint(), gallery.peak_bytes()
     float_bits = 8.0 * asked.dtype.itemsize
-    replayed = outputs(pipe, calls) if calls else None
-    return (
-        gallery,
-        replayed,
-        {
-            "stored_bytes": count.stored_bytes,
-            "bytes_on_disk": _files(source, pipe) if not recipe else None,
-            "average_weight_bits": count.average_weight_bits or float_bits,
-            "attention": "; ".join(count.attention) or "float",
-            "compute_paths": {path: layers for path, (layers, _) in count.paths().items()},
-            "peak_megabytes": None if growth is None else (count.resident_bytes + growth) / 1e6,
-        },
+    weighed = {
+        "stored_bytes": count.stored_bytes,
+        "bytes_on_disk": _files(source, pipe) if not recipe else None,
+        "average_weight_bits": count.average_weight_bits or float_bits,
+        "attention": "; ".join(count.attention) or "float",
+        "compute_paths": {path: layers for path, (layers, _) in count.paths().items()},
+        "peak_megabytes": None if growth is None else (count.resident_bytes + growth) / 1e6,
+    }
+    return _Drawn(gallery, outputs(pipe, calls) if calls else None, weighed)
+
+
+def _candidate(drawn: _Drawn, full: Gallery, found: Scores) -> Candidate:
+    time = _per_image(drawn.gallery)
+    return Candidate(
+        drawn.gallery.folder.name,
+        found,
+        **drawn.weighed,
+        seconds_per_image=time,
+        full_seconds_per_image=_per_image(full),
+        seconds_per_step=time / full.settings.steps,
     )
+
+
+def _reference(
+    asked: Asked, shown: Gallery | None, extractor: Extractor | None
+) -> Reference | None:
+    """Return the reference set that both sides are compared with, if there is one."""
+    if asked.reference is None or extractor is None:
+        return None
+    if shown is None:
+        return Reference.load(asked.reference, extractor, asked.skip_bad)
+    return Reference.of_files(str(asked.reference), shown.files, extractor, asked.skip_bad)
 
 
 def _files(model: str, pipe: Any) -> int | None:
