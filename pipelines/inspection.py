@@ -31,6 +31,7 @@ class Inspection:
     Attributes:
         model: Folder or name as it was asked for.
         bytes_on_disk: Size of the denoiser's weight files, headers included.
+        header_bytes: Of these what the headers of safetensors files take: names, shapes, checksums.
         footprint: What they hold.
         notes: Where the recipe was not followed to the letter, by layer.
         operations: Of one image at one step, in theory; None if they were not asked for.
@@ -38,6 +39,7 @@ class Inspection:
 
     model: str
     bytes_on_disk: int
+    header_bytes: int
     footprint: Footprint
     notes: dict[str, str]
     operations: Operations | None = None
@@ -50,6 +52,7 @@ class Inspection:
             "denoiser": count.model,
             "parameters": count.parameters,
             "bytes_on_disk": self.bytes_on_disk,
+            "bytes_of_headers": self.header_bytes,
             "bytes_planned": count.planned_bytes,
             "average_weight_bits": count.average_weight_bits,
             "notes": self.notes,
@@ -72,8 +75,8 @@ class Inspection:
         count = self.footprint
         lines = [
             f"{self.model}: {count.model}, {count.parameters / 1e6:.2f} M parameters",
-            f"on disk  {self.bytes_on_disk / 1e6:.3f} MB; "
-            f"the plan says {count.planned_bytes / 1e6:.3f} MB",
+            f"on disk  {self.bytes_on_disk / 1e6:.3f} MB, of which the names of tensors are "
+            f"{self.header_bytes / 1e6:.3f} MB; the plan says {count.planned_bytes / 1e6:.3f} MB",
         ]
         theory = [] if self.operations is None else [str(self.operations)]
         if not count.layers:
@@ -131,4 +134,11 @@ def inspect_folder(
     if theoretical:
         inputs = family_of(denoiser).sample_inputs(denoiser, 1, torch.Generator().manual_seed(0))
         theory = operations(denoiser, inputs)
-    return Inspection(os.fspath(model), size, footprint(denoiser), notes, theory)
+    headers = sum(_header_bytes(f) for f in files if f.suffix == ".safetensors")
+    return Inspection(os.fspath(model), size, headers, footprint(denoiser), notes, theory)
+
+
+def _header_bytes(file: Path) -> int:
+    """Return the size of a safetensors header, the eight bytes that say it included."""
+    with file.open("rb") as opened:
+        return 8 + int.from_bytes(opened.read(8), "little")

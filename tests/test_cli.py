@@ -148,6 +148,13 @@ def test_bench_draws_a_plot_and_prints_a_profile(folder: Path, tmp_path: Path) -
     assert Image.open(picture).width > 400
 
 
+def test_inspect_accounts_for_every_byte_of_the_file(packed: Path) -> None:
+    report = json.loads(dq("inspect", packed, "--json").stdout)
+    counted = report["bytes_planned"] + report["bytes_of_headers"]
+    assert abs(report["bytes_on_disk"] - counted) < 64  # safetensors aligns its header
+    assert 0 < report["bytes_of_headers"] < 0.2 * report["bytes_on_disk"]
+
+
 def test_inspect_of_a_float_model(folder: Path) -> None:
     text = dq("inspect", folder, "--theoretical").stdout
     assert "not quantized" in text
