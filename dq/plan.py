@@ -13,7 +13,7 @@ from dq.errors import DQError, inside, unknown
 from dq.spec import TensorSpec
 from dq.transform import TransformSpec
 
-__all__ = ["PLAN_VERSION", "LayerSpec", "Plan", "match"]
+__all__ = ["PLAN_VERSION", "LayerSpec", "Plan", "check_whole", "match"]
 
 PLAN_VERSION = 1
 
@@ -49,6 +49,9 @@ class LayerSpec:
         transform: How the input is changed before it is quantized, and the weight with it.
         tabled: Timesteps at which the output is stored, in full precision, instead of computed: for
             layers that see nothing but the timestep. See `dq.nn.stepwise`.
+        salient: Spec of the weights of those input channels that have more bits than the others;
+            None if all have the same. See `dq.nn.split`.
+        salient_channels: How many there are.
         output_groups: Timesteps, ascending, each with a scale and a shift of the output; a call
             takes those of the nearest. Empty for none.
     """
@@ -60,12 +63,20 @@ class LayerSpec:
     transform: TransformSpec | None = None
     tabled: tuple[float, ...] = ()
     output_groups: tuple[float, ...] = ()
+    salient: TensorSpec | None = None
+    salient_channels: int = 0
 
     def __post_init__(self) -> None:
         if self.weight.dynamic or self.weight.granularity.kind not in ("channel", "group"):
             raise DQError(f"a weight is static, by channel or group, not {self.weight}")
         if self.weight.step_groups:
             raise DQError("a weight is the same at every step: step groups are for inputs")
+        if (self.salient is None) != (self.salient_channels == 0) or self.salient_channels < 0:
+            raise DQError(f"{self.salient_channels} salient channels of {self.salient}: one alone")
+        if self.salient is not None:
+            kinds = {self.weight.granularity.kind, self.salient.granularity.kind}
+            if kinds != {"channel"} or self.salient.dynamic:
+                raise DQError("salient channels and the others have a scale an output channel")
         if self.tabled and self.output_groups:
             raise DQError("outputs that are stored need no correction: tabled or output_groups")
         if self.kept_every < 0:
@@ -119,6 +130,8 @@ class LayerSpec:
     @property
     def is_deployable(self) -> bool:
         """Whether some hardware knows the formats; see `TensorSpec.is_deployable`."""
+        if self.salient is not None:
+            return False
         return self.weight.is_deployable and (self.input is None or self.input.is_deployable)
 
     def bytes(self, rows: int, columns: int, channels: int = 0) -> int:
@@ -129,7 +142,7 @@ class LayerSpec:
             columns: K.
             channels: Of the input; 0 for as many as columns.
         """
-        total = self.weight.bytes(rows, columns)
+        total = self._weight_bytes(rows, columns, channels or columns)
         if self.input is not None and self.is_static:
             parts = max(len(self.input_splits), 1)
             if self.input.granularity.kind == "group":
@@ -144,9 +157,19 @@ class LayerSpec:
             total += self.transform.bytes(channels or columns)
         return total
 
+    def _weight_bytes(self, rows: int, columns: int, channels: int) -> int:
+        if self.salient is None:
+            return self.weight.bytes(rows, columns)
+        dense = self.salient_channels * (columns // channels)
+        both = self.weight.bytes(rows, columns - dense) + self.salient.bytes(rows, dense)
+        return both + 4 * self.salient_channels  # their numbers
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values: dict[str, Any] = {"weight": self.weight.to_dict()}
+        if self.salient is not None:
+            values["salient"] = self.salient.to_dict()
+            values["salient_channels"] = self.salient_channels
         if self.input is not None:
             values["input"] = self.input.to_dict()
         if self.input_splits:
@@ -176,6 +199,8 @@ class LayerSpec:
             transform=None if changed is None else TransformSpec.from_dict(changed),
             tabled=tuple(map(float, values.get("tabled", ()))),
             output_groups=tuple(map(float, values.get("output_groups", ()))),
+            salient=TensorSpec.from_dict(values["salient"]) if "salient" in values else None,
+            salient_channels=values.get("salient_channels", 0),
         )
 
     def __str__(self) -> str:
@@ -186,7 +211,21 @@ class LayerSpec:
         groups = len(self.output_groups)
         corrected = f" corrected in {groups} step groups" if groups else ""
         known = f"{split}{kept}{changed}{tabled}{corrected}"
-        return f"{self.weight} | {self.input or 'float'}{known}"
+        more = f" with {self.salient_channels} of {self.salient}" if self.salient else ""
+        return f"{self.weight}{more} | {self.input or 'float'}{known}"
+
+
+def check_whole(spec: LayerSpec) -> None:
+    """Refuse weights of which some channels have more bits.
+
+    Raises:
+        DQError: If there are such channels.
+    """
+    if spec.salient is not None:
+        raise DQError(
+            f"{spec.weight} with salient channels is rounded to nearest, or learned by binarydm: "
+            "leave this step out"
+        )
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class Exporter:
         """Return in words why a layer cannot go there; None if it can."""
         if layer.spec.transform is not None:
             return f"its input is changed first: {layer.spec.transform}"
+        if layer.spec.salient is not None:
+            return "some of its input channels have more bits than the others"
         if isinstance(layer, PackedConv2d) and not self.convolutions:
             return "the layout has no convolutions"
         found = form(layer.spec.weight)

@@ -20,16 +20,19 @@ from torch import Tensor, nn
 
 from dq.binarizers import Binarizer, binarizers
 from dq.binarizers.estimators import estimators
-from dq.calibrate import Call
+from dq.calibrate import Call, run, tap_inputs
 from dq.errors import DQError, unknown
-from dq.family import Role, check_roles
+from dq.family import Role, check_roles, quantizable
+from dq.full_precision import full_precision
 from dq.method import Job, methods
 from dq.methods.finetuning import Finetuning, layers_of, share, static_inputs
 from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight
+from dq.nn.layers import Layer, input_channels
+from dq.nn.split import SplitQuantizer, joined
 from dq.nn.swap import replace
-from dq.plan import Plan
-from dq.spec import TensorSpec
+from dq.plan import LayerSpec, Plan
+from dq.spec import Granularity, TensorSpec
 from dq.tuning.distill import Distillation
 from dq.tuning.loop import Group, tune
 from dq.tuning.mimic import Mimicry
@@ -61,6 +64,11 @@ class BinaryDM(Finetuning):
         roles: Roles of the layers that are binarized.
         group: Columns that share a scale; 0 for all of a row.
         estimator: Of the gradient of "xnor".
+        centred: Whether "xnor" takes out the mean of each row, and stores it.
+        salient: Share of the input channels, those of largest inputs, whose weights have more bits
+            (PTQ1.61, Zhao et al. 2025, arXiv 2502.13179, has a fifth); see `dq.nn.split`. No
+            integer product runs such layers.
+        salient_format: Of these.
         drift: Learning rate of weights, in mean magnitudes of theirs over all steps.
         scale_drift: Likewise of their scales.
         input_rate: Learning rate of the logarithms of the scales of static inputs (LSQ).
@@ -80,6 +88,9 @@ class BinaryDM(Finetuning):
     roles: tuple[str, ...] = _BINARY
     group: int = 0
     estimator: str = "ste"
+    centred: bool = False
+    salient: float = 0.0
+    salient_format: str = "int4"
     drift: float = 4.0
     scale_drift: float = 1.0
     input_rate: float = 1e-3
@@ -104,6 +115,11 @@ class BinaryDM(Finetuning):
         for name in (*rates, "group", "penalty", "mimicking"):
             if getattr(self, name) < 0:
                 raise DQError(f"{name} is 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.salient < 1:
+            raise DQError(f"salient is a share of the channels, 0 to 1, not {self.salient}")
+        if self.salient and self.group:
+            raise DQError("salient channels leave no groups of columns: group is 0")
+        self._dense()  # checks the name
         if self.part < 1:
             raise DQError(f"part is 1 or more, not {self.part}")
 
@@ -121,13 +137,23 @@ class BinaryDM(Finetuning):
                 "such as ptq before, which quantizes them"
             )
         outer = self._outer(job)
+        modules = quantizable(job.model)
         layers = {
-            name: dataclasses.replace(spec, weight=self._stored(name in outer))
-            if name in chosen
-            else spec
+            name: self._binary(spec, modules[name], name in outer) if name in chosen else spec
             for name, spec in job.plan.layers.items()
         }
         return dataclasses.replace(job.plan, layers=layers)
+
+    def _binary(self, spec: LayerSpec, layer: Layer, outer: bool) -> LayerSpec:
+        count = round(self.salient * input_channels(layer))
+        if not count or (isinstance(layer, nn.Conv2d) and layer.groups != 1):
+            return dataclasses.replace(spec, weight=self._stored(outer))
+        return dataclasses.replace(
+            spec, weight=self._stored(outer), salient=self._dense(), salient_channels=count
+        )
+
+    def _dense(self) -> TensorSpec:
+        return TensorSpec(self.salient_format, Granularity("channel"), observer="mse")
 
     def tune(self, job: Job) -> None:
         """See `Finetuning.tune`; norms that have learned are tensors like those before."""
@@ -144,7 +170,13 @@ class BinaryDM(Finetuning):
         schedule = self.schedule(job)
         chosen, outer = layers_of(job, self.roles), self._outer(job)
         layers: dict[str, Any] = {name: job.model.get_submodule(name) for name in chosen}
-        made = {name: self._begin(layer, name in outer) for name, layer in layers.items()}
+        first = samples.batch(samples.shuffled(schedule.seed)[: schedule.batch])
+        sizes = _input_sizes(job.model, chosen, first) if self.salient else {}
+        made = {
+            name: self._begin(layer, name in outer, sizes.get(name))
+            for name, layer in layers.items()
+        }
+        stands = {name: layer.binarizer for name, layer in layers.items()}
         groups = [group for name in chosen for group in self._groups(layers[name], made[name])]
         norms = _norms(job.model) if self.norm_rate else {}
         for name, norm in norms.items():
@@ -158,7 +190,6 @@ class BinaryDM(Finetuning):
         learned = sum(p.numel() for group in groups for p in group.parameters)
         words = share(job.model, learned)
         logger.info("binarydm: %s", words)
-        first = samples.batch(samples.shuffled(schedule.seed)[: schedule.batch])
         loss = self._loss(job, [*made.values()], norms, first)
         order = self._order(chosen)
 
@@ -167,7 +198,7 @@ class BinaryDM(Finetuning):
             for name, binarizer in made.items():
                 binarizer.at(progress)
                 started = not self.progressive or step >= order[name]
-                layers[name].binarizer = binarizer if started else nn.Identity()
+                layers[name].binarizer = stands[name] if started else nn.Identity()
 
         stage = job.calibration.stage("binarydm")
         found = tune(groups, loss, samples, held_out, schedule, job.calibration.work, stage, at)
@@ -189,21 +220,29 @@ class BinaryDM(Finetuning):
 
     def _binarizer(self, matrix: Tensor, outer: bool) -> Binarizer:
         name = self.outer if outer else self.inner
-        options: dict[str, Any] = {"estimator": self.estimator} if name == "xnor" else {}
+        options: dict[str, Any] = {}
+        if name == "xnor":
+            options = {"estimator": self.estimator, "centred": self.centred}
         return binarizers[name](matrix, self.group, **options)
 
     def _stored(self, outer: bool) -> TensorSpec:
         return self._binarizer(torch.ones(1, self.group or 1), outer).spec
 
-    def _begin(self, layer: QuantLayer, outer: bool) -> Binarizer:
+    def _begin(self, layer: QuantLayer, outer: bool, sizes: Tensor | None) -> Binarizer:
         """Make weight and bias of a layer learnable; return what makes bits of the weight."""
+        if layer.spec.salient is not None and sizes is not None:
+            layer.set_salient(sizes.topk(layer.spec.salient_channels).indices.sort().values)
         matrix = layer.matrix().detach().float()
         layer.latent = FullWeight(matrix)
         bias = layer.changed_bias()
         if bias is not None:
             layer.latent_bias = nn.Parameter(bias.detach().float().clone())
-        made = self._binarizer(matrix, outer).to(matrix.device)
-        layer.binarizer = made
+        split = layer.weight_quantizer
+        if not isinstance(split, SplitQuantizer):
+            layer.binarizer = made = self._binarizer(matrix, outer).to(matrix.device)
+            return made
+        made = self._binarizer(matrix[:, ~split.mask], outer).to(matrix.device)
+        layer.binarizer = SplitQuantizer(made, split.dense, split.mask)
         return made
 
     def _groups(self, layer: Any, binarizer: Binarizer) -> list[Group]:
@@ -242,12 +281,32 @@ class BinaryDM(Finetuning):
 
     def _end(self, layer: Any, binarizer: Binarizer) -> None:
         """Put what is stored in the place of what has learned."""
-        codes, scales, spec = binarizer.export(layer.latent())
+        matrix, split = layer.latent().detach(), layer.weight_quantizer
+        mask = split.mask if isinstance(split, SplitQuantizer) else None
+        codes, scales, spec = binarizer.export(matrix if mask is None else matrix[:, ~mask])
         assert spec == layer.spec.weight  # as it was decided
-        layer.codes, layer.binarizer = codes, None
         quantizer = Quantizer(spec)
         quantizer.set_scales(scales)
-        layer.weight_quantizer = quantizer
+        layer.codes, layer.weight_quantizer, layer.binarizer = codes, quantizer, None
+        if mask is not None:
+            layer.codes = joined(codes, split.dense.encode(matrix[:, mask]), mask)
+            layer.weight_quantizer = SplitQuantizer(quantizer, split.dense, mask)
+
+
+def _input_sizes(model: nn.Module, names: list[str], call: Call) -> dict[str, Tensor]:
+    """Return the mean magnitude of each input channel of some layers, in full precision."""
+    found: dict[str, Tensor] = {}
+
+    def seen(name: str, x: Tensor) -> None:
+        channels = x.movedim(1, -1) if x.dim() == 4 else x
+        found[name] = channels.float().abs().flatten(0, -2).mean(0)
+
+    with torch.no_grad(), full_precision(model):
+        layers = {name: model.get_submodule(name) for name in names}
+        tapped = tap_inputs(layers, seen)
+        with tapped:
+            run(model, call)
+    return found
 
 
 def _norms(model: nn.Module) -> dict[str, Any]:

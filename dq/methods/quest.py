@@ -21,6 +21,7 @@ from dq.method import Job, methods
 from dq.methods.finetuning import Finetuning, layers_of, share, static_inputs
 from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight, LowRankWeight
+from dq.plan import check_whole
 from dq.quantize import dequantize
 from dq.rounding.cells import within_cells
 from dq.tuning.align import align
@@ -163,6 +164,7 @@ class QuEST(Finetuning):
         """Make weight and bias of a layer learnable."""
         layer = job.model.get_submodule(name)
         assert isinstance(layer, QuantLayer)  # it was chosen among them
+        check_whole(layer.spec)
         matrix = self._first(layer)
         scales, layer.codes = layer.weight_quantizer.scales, None
         bias = layer.changed_bias()

@@ -15,7 +15,7 @@ from dq.method import Job, Method
 from dq.moments import second_moments
 from dq.nn import QuantLayer, describe, matrix_shape
 from dq.nn.changed import conv_groups
-from dq.plan import Plan
+from dq.plan import Plan, check_whole
 from dq.progress import track
 from dq.quantize import quantize
 from dq.rounding.error import better
@@ -115,6 +115,7 @@ class Rounding(Method, ABC):
         return found
 
     def _layer(self, layer: QuantLayer, moments: Tensor) -> Tensor:
+        check_whole(layer.spec)
         weight, scales, spec = layer.matrix(), layer.weight_quantizer.scales, layer.spec.weight
         size = len(weight) // len(moments)
         parts = []

@@ -25,6 +25,8 @@ def site_of(spec: LayerSpec, kind: str, device: str, rows: int, columns: int, gr
     """
     weight, low = spec.weight, spec.input
     weight_kind = "int8" if weight.is_int8 else _float_kind(weight)
+    if spec.salient is not None:
+        weight_kind = "other"
     input_kind = "float" if low is None else "other"
     if low is not None and (low.grid.low < 0 or not low.dynamic):
         if isinstance(low.grid, IntFormat) and low.granularity.kind != "group":

@@ -16,17 +16,18 @@ from dq.kernels.kernel import stamp_of
 from dq.nn.changed import conv_groups, entered
 from dq.nn.differentiable import Differentiable
 from dq.nn.kernel_site import numbers_of, site_of
-from dq.nn.layers import Layer, matrix_shape
+from dq.nn.layers import Layer, input_channels, matrix_shape
 from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantLayer, fake_input, segments, simulate
+from dq.nn.split import columns_of, unpack_split
 from dq.nn.steps import Steps
 from dq.nn.stepwise import by_group, scales_now, spread_rows, stepwise
 from dq.nn.stored import COMPANIONS, TENSORS, companion_forms, companions_of, weight_form
 from dq.plan import LayerSpec
-from dq.quantize import fake_quantize, quantize
+from dq.quantize import fake_quantize
 from dq.scales import Scales
 from dq.spec import TensorSpec
-from dq.storage import pack_weight, unpack_weight
+from dq.storage import unpack_weight
 from dq.transform import Transform
 
 __all__ = ["PackedLayer"]
@@ -50,6 +51,8 @@ class PackedLayer(nn.Module):
         table: `(T, N)` float32, outputs at the timesteps of `spec.tabled`, or None.
         output_affine: `(T, 2, N)` float32, scale and shift of the output in each of the
             `spec.output_groups`, or None.
+        salient: `(S,)` float32, numbers of the input channels whose weights have more bits, or
+            None: `dq.nn.split`.
         steps: Knows the timestep of the call, where something depends on it.
         compute_dtype: Dtype that the layer expects its input in; models ask for it.
         keep_int8: Whether kernels may keep whole numbers beside shorter codes; see
@@ -69,6 +72,7 @@ class PackedLayer(nn.Module):
     kept_output: Tensor | None
     table: Tensor | None
     output_affine: Tensor | None
+    salient: Tensor | None
     steps: Steps | None
     compute_dtype: torch.dtype
     keep_int8: bool
@@ -81,6 +85,7 @@ class PackedLayer(nn.Module):
         """Allocate what the spec says, without values."""
         self.spec = spec
         self.rows, self.columns = matrix_shape(layer)
+        self.channels = input_channels(layer)
         self.sizes = segments(layer, spec)
         self.compute_dtype = _compute_dtype(layer)
         # PEFT tells a convolution from a linear by the number of dimensions of its weight.
@@ -116,9 +121,10 @@ class PackedLayer(nn.Module):
         for name, value in companions_of(simulated).items():
             setattr(self, name, value)
         matrix = simulated.matrix().detach()
-        scales, weight = simulated.weight_quantizer.scales, self.spec.weight
-        codes = quantize(matrix, scales, weight) if simulated.codes is None else simulated.codes
-        state = pack_weight(codes, scales, weight)
+        quantizer = simulated.weight_quantizer
+        state = quantizer.pack(
+            quantizer.encode(matrix) if simulated.codes is None else simulated.codes
+        )
         self.weight = nn.Parameter(state["weight"].view(self.weight.shape), requires_grad=False)
         self.weight_scale = state["weight_scale"]
         bias = simulated.changed_bias()
@@ -136,6 +142,9 @@ class PackedLayer(nn.Module):
     def float_weight(self) -> Tensor:
         """Return the weight that the codes stand for, float32, in the layer's own shape."""
         state = {"weight": self.weight.flatten(1), "weight_scale": self.weight_scale}
+        if self.salient is not None:
+            mask = columns_of(self.salient, self.channels, self.columns)
+            return unpack_split(state, self.spec, mask, self.channels).view(self.float_shape)
         return unpack_weight(state, self.spec.weight, self.columns).view(self.float_shape)
 
     @property

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from dq.errors import DQError
 from dq.nn.steps import Steps
 from dq.nn.stepwise import scales_now
-from dq.quantize import choose_scales, fake_quantize
+from dq.quantize import choose_scales, dequantize, fake_quantize, quantize
 from dq.scales import Scales, scales_of_range
 from dq.spec import TensorSpec
+from dq.storage import pack_weight
 
 __all__ = ["Quantizer"]
 
@@ -92,6 +93,18 @@ class Quantizer(nn.Module):
         factor = self.gain.exp()
         more = None if self.more is None else self.more * factor.unsqueeze(-1)
         return Scales(self.scale * factor, self.zero, self.multiplier, more)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the codes of a matrix, `(R, K)` uint8."""
+        return quantize(x, self.scales, self.spec)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the matrix `(R, K)` that codes stand for, float32."""
+        return dequantize(codes, self.scales, self.spec)
+
+    def pack(self, codes: Tensor) -> dict[str, Tensor]:
+        """Return what is stored of a weight; see `dq.storage`."""
+        return pack_weight(codes, self.scales, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the quantized and dequantized `(R, K)` matrix, float32."""

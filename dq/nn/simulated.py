@@ -13,10 +13,10 @@ from dq.nn.changed import changed_bias, conv_groups, convolved, entered
 from dq.nn.kept import apart
 from dq.nn.layers import Layer, constructor, input_channels
 from dq.nn.quantizer import Quantizer
+from dq.nn.split import SplitQuantizer, chosen_by_size, columns_of
 from dq.nn.steps import Steps
 from dq.nn.stepwise import stepwise
 from dq.plan import LayerSpec
-from dq.quantize import dequantize
 from dq.scales import Scales
 from dq.spec import TensorSpec
 from dq.transform import NO_TRANSFORM, Transform
@@ -80,6 +80,8 @@ class QuantLayer:
             rounded to nearest.
         binarizer: Makes the weight of the matrix instead of the quantizer, where it learns to be of
             few bits; see `dq.binarizers`.
+        salient: `(S,)` float32, numbers of the input channels whose weights have more bits, or
+            None.
         latent: Gives the matrix that is quantized, where it is learned; see `dq.nn.latent`.
         latent_bias: `(N,)`, the bias that is learned with it, of the changed input.
         transform: How input and weight are changed before; changes nothing by default.
@@ -92,7 +94,8 @@ class QuantLayer:
     spec: LayerSpec
     weight: Tensor
     bias: Any  # Linear and Conv2d of torch type it differently
-    weight_quantizer: Quantizer
+    weight_quantizer: Any  # a Quantizer, or a SplitQuantizer where there are salient channels
+    salient: Tensor | None = None
     input_quantizers: nn.ModuleList
     kept_input: Tensor | None = None
     codes: Tensor | None = None
@@ -124,7 +127,12 @@ class QuantLayer:
         self.weight = layer.weight
         self.bias = layer.bias
         self.weight_quantizer = Quantizer(spec.weight)
-        if scales is None:
+        if spec.salient is not None:
+            if conv_groups(self) != 1:  # its rows see different channels
+                raise DQError("salient channels: the groups of a convolution have none in common")
+            size = input_channels(layer), spec.salient_channels
+            self.set_salient(chosen_by_size(self.matrix(), *size))
+        elif scales is None:
             self.weight_quantizer.fit(self.matrix())
         else:
             self.weight_quantizer.set_scales(scales)
@@ -147,6 +155,22 @@ class QuantLayer:
             assert isinstance(quantizer, Quantizer)  # the list holds nothing else
             quantizer.set_range(*mine)
         self.kept_input = kept
+
+    def set_salient(self, channels: Tensor) -> None:
+        """Say which input channels have more bits, and choose all scales anew.
+
+        Args:
+            channels: `(S,)` numbers, ascending.
+        """
+        self.salient = channels.float()
+        matrix = self.matrix()
+        self.weight_quantizer = SplitQuantizer.fitted(matrix, self.spec, self.salient_columns())
+
+    def salient_columns(self) -> Tensor:
+        """Return which columns of the matrix they are, `(K,)` bool."""
+        assert isinstance(self, (nn.Linear, nn.Conv2d))  # it is mixed into these only
+        assert self.salient is not None  # asked for where the spec has some
+        return columns_of(self.salient, input_channels(self), self.matrix().shape[1])
 
     def take_over(self, before: QuantLayer) -> None:
         """Keep what does not depend on how weight and input are quantized.
@@ -171,8 +195,7 @@ class QuantLayer:
     def rounded_weight(self) -> Tensor:
         """Return the weight that is computed with, float32, in the layer's own shape."""
         if self.codes is not None:
-            quantizer = self.weight_quantizer
-            rounded = dequantize(self.codes, quantizer.scales, quantizer.spec)
+            rounded = self.weight_quantizer.decode(self.codes)
         elif self.binarizer is not None:
             rounded = self.binarizer(self.matrix())
         else:

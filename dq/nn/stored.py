@@ -9,6 +9,7 @@ from dq.errors import DQError
 from dq.nn.layers import Layer, input_channels, matrix_shape
 from dq.nn.quantizer import Quantizer
 from dq.nn.simulated import QuantLayer, segments
+from dq.nn.split import split_shapes
 from dq.plan import LayerSpec
 from dq.storage import stored_shapes
 
@@ -19,20 +20,28 @@ Form = tuple[tuple[int, ...], torch.dtype]
 # What a plain layer does not have; `dq.nn.packed_layer` says what each is.
 COMPANIONS = (
     "weight_scale", "input_affine", "input_shift", "input_scale", "kept_input", "kept_output",
-    "table", "output_affine",
+    "table", "output_affine", "salient",
 )  # fmt: skip
 TENSORS = ("weight", *COMPANIONS)
 
 
 def weight_form(layer: Layer, spec: LayerSpec) -> Form:
     """Return shape and dtype of the codes of a layer."""
-    return stored_shapes(spec.weight, *matrix_shape(layer))["weight"]
+    return _weight_shapes(layer, spec)["weight"]
+
+
+def _weight_shapes(layer: Layer, spec: LayerSpec) -> dict[str, Form]:
+    if spec.salient is None:
+        return stored_shapes(spec.weight, *matrix_shape(layer))
+    return split_shapes(spec, *matrix_shape(layer), input_channels(layer))
 
 
 def companion_forms(layer: Layer, spec: LayerSpec) -> dict[str, Form]:
     """Return shape and dtype of each tensor that the spec asks for beside the codes."""
     rows, columns = matrix_shape(layer)
-    shapes = {"weight_scale": stored_shapes(spec.weight, rows, columns)["weight_scale"][0]}
+    shapes = {"weight_scale": _weight_shapes(layer, spec)["weight_scale"][0]}
+    if spec.salient is not None:
+        shapes["salient"] = (spec.salient_channels,)
     if spec.input is not None and spec.is_static:
         size, times = spec.input.granularity.size, len(spec.input.step_groups)
         parts = input_channels(layer) // size if size else len(segments(layer, spec))
@@ -70,6 +79,7 @@ def companions_of(layer: QuantLayer) -> dict[str, Tensor | None]:
         "input_scale": scale,
         "kept_input": kept,
         "kept_output": kept_output,
+        "salient": layer.salient,
         **found,
     }
 

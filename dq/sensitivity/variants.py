@@ -40,7 +40,7 @@ def weight_alone(
     made = simulate(layer, spec, scales)
     matrix = layer.weight.detach().flatten(1)
     value = made.weight_quantizer(matrix).detach().to(layer.weight.dtype)
-    made.weight_quantizer = _Fixed(value)  # type: ignore[assignment]
+    made.weight_quantizer = _Fixed(value)
     made.input_quantizers = nn.ModuleList()
     made.kept_input = None if found is None else found.kept
     return made
@@ -54,5 +54,5 @@ def input_alone(
     made = simulate(layer, spec, no_scales)
     if found is not None:
         made.set_input(*found)
-    made.weight_quantizer = nn.Identity()  # type: ignore[assignment]
+    made.weight_quantizer = nn.Identity()
     return made

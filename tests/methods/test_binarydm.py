@@ -89,6 +89,9 @@ def test_learning_helps_whatever_the_binarizer(outer: str) -> None:
         {"estimator": "reste"},
         {"estimator": "biper"},
         {"progressive": True},
+        {"centred": True},
+        {"salient": 0.2},
+        {"salient": 0.1, "salient_format": "int8", "centred": True, "outer": "lmb"},
         {"mimicking": 0.0},
         {"mimicking": 1.0, "normalized": True},
         {"compute": "bfloat16"},
@@ -105,6 +108,10 @@ def test_what_is_packed_is_what_was_learned(settings: dict[str, Any]) -> None:
     with torch.no_grad():
         assert bool(model(**call, return_dict=False)[0].isfinite().all())
     for layer in packed_layers(model).values():
+        if settings.get("salient") and layer.spec.weight.is_binary:
+            assert layer.spec.salient_channels == round(settings["salient"] * layer.channels)
+            assert layer.salient.shape == (layer.spec.salient_channels,)
+            assert layer.path().startswith("simulated")
         if settings.get("group") and layer.spec.weight.is_binary:
             assert layer.weight_scale.shape[1] == layer.columns // 16
 
@@ -169,6 +176,9 @@ def test_a_plan_without_such_layers_is_refused() -> None:
         ({"part": 0}, "part is 1 or more, not 0"),
         ({"penalty": -1}, "penalty is 0 or more, not -1"),
         ({"group": 7}, "group size 7 does not divide"),
+        ({"salient": 1.0}, "salient is a share of the channels"),
+        ({"salient": 0.2, "group": 16}, "salient channels leave no groups"),
+        ({"salient_format": "int44"}, "Did you mean 'int4'"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], text: str) -> None:
