@@ -35,7 +35,7 @@ def _build(found: re.Match[str]) -> Recipe:
     kept: tuple[Method, ...] = () if low == "16" else (BOS(),)
     operands: tuple[Method, ...] = (Operands(),) if low == "4" else ()
     outer, inner = _VARIANTS[found["variant"] or "ebb"]
-    learned = BinaryDM(outer, inner, group=int(found["group"] or 0))
+    learned = BinaryDM(outer, inner, group=int(found["group"] or 0), steps=1000, batch=16)
     return Recipe(found[0], (ptq, *kept, *operands, learned), _CALIBRATION)
 
 
