@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from dq import DQPipeline
 from dq.binarizers import binarizers
 from dq.calibrate import CalibrationSpec, NeedsData
 from dq.engine import quantize
@@ -114,6 +115,28 @@ def test_what_is_packed_is_what_was_learned(settings: dict[str, Any]) -> None:
             assert layer.path().startswith("simulated")
         if settings.get("group") and layer.spec.weight.is_binary:
             assert layer.weight_scale.shape[1] == layer.columns // 16
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"outer": "lmb"}, {"outer": "ternary"}, {"salient": 0.2}, {"centred": True, "group": 16}],
+    ids=str,
+)
+def test_checkpoints_are_read_again_bit_for_bit(
+    settings: dict[str, Any], model_folders: Any, tmp_path: Path
+) -> None:
+    step = BinaryDM(**{"steps": 2, "batch": 2, "held_out": 1, **settings})  # type: ignore[arg-type]
+    calibration = CalibrationSpec(("7", "8"), n=2, steps=2, batch=2)
+    made = DQPipeline.from_pretrained(model_folders("dit64"), Recipe("t", (W8, step), calibration))
+    made.save_pretrained(tmp_path)
+    again = DQPipeline.from_pretrained(tmp_path)
+    assert same_state(again.transformer, made.transformer)
+    call = family_of(made.transformer).sample_inputs(
+        made.transformer, 2, torch.Generator().manual_seed(1)
+    )
+    with torch.no_grad():
+        found, expected = (pipe.transformer(**call, return_dict=False)[0] for pipe in (again, made))
+    assert torch.equal(found, expected)
 
 
 def test_a_killed_run_ends_in_the_same_bits(
