@@ -14,6 +14,15 @@ from dq.spec import Granularity, TensorSpec
 
 __all__ = ["Binarizer", "Exported"]
 
+_MULTIPLIER = "uint6"  # signs times 1 to 64 are 8-bit integers
+_MOST = 64
+
+
+def _two_levels(size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scale of each row `(N, 1, 1)`, and the multipliers `(N, G, 1)` of its groups."""
+    row = (size.amax(1, keepdim=True) / _MOST).clamp_min(1e-12)
+    return row, torch.round(size / row).clamp(1, _MOST)
+
 
 class Exported(NamedTuple):
     """What is stored of a weight.
@@ -61,6 +70,31 @@ class Binarizer(nn.Module, ABC):
         """View a matrix as `(N, G, n)`, n columns that share a scale."""
         rows, groups = self.blocks.blocks(*matrix.shape)
         return matrix.float().reshape(rows, groups, -1)
+
+    def one_level(self, name: str) -> TensorSpec:
+        """Return the spec of codes with one scale a block: groups have two-level scales."""
+        multiplier = _MULTIPLIER if self.group else "float32"
+        return TensorSpec(name, self.blocks, observer="mse", scale_format=multiplier)
+
+    def written(self, scale: Tensor) -> Tensor:
+        """Return scales as they are stored: of groups whole multiples of a row's, straight through.
+
+        Args:
+            scale: `(N, G, 1)`, of any sign.
+        """
+        if not self.group:
+            return scale
+        row, multiplier = _two_levels(scale.detach().abs())
+        value = torch.where(scale < 0, -1.0, 1.0) * row * multiplier
+        return scale + (value - scale).detach()
+
+    def stored(self, scale: Tensor) -> Scales:
+        """Return the magnitudes of scales `(N, G, 1)` in the form that is stored."""
+        size = scale.detach().abs().clamp_min(1e-12)
+        if not self.group:
+            return Scales(size.squeeze(-1))
+        row, multiplier = _two_levels(size)
+        return Scales(row.squeeze(-1), None, multiplier.squeeze(-1))
 
     @property
     @abstractmethod

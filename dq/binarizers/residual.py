@@ -46,10 +46,14 @@ class Residual(Binarizer):
         """See `Binarizer.spec`."""
         return TensorSpec("binary", self.blocks, observer="mse", bases=len(self.scales))
 
+    def _first(self) -> Tensor:
+        """Return the scale of the first basis, as it is computed with."""
+        return self.scales[0]
+
     def _terms(self, matrix: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
         """Return scale and signs of the first bases."""
         left, found = self.parts(matrix), []
-        for scale in list(self.scales)[:count]:
+        for scale in [self._first(), *list(self.scales)[1:]][:count]:
             sign = ste_sign(left, _WINDOW)
             found.append((scale, sign))
             left = left - scale * sign
@@ -108,7 +112,16 @@ class EBB(Residual):
     @property
     def spec(self) -> TensorSpec:
         """See `Binarizer.spec`."""
-        return TensorSpec("binary", self.blocks, observer="mse")
+        return self.one_level("binary")
+
+    def _first(self) -> Tensor:
+        return self.written(self.scales[0])
+
+    @torch.no_grad()
+    def export(self, matrix: Tensor) -> Exported:
+        """See `Binarizer.export`."""
+        codes, _, spec = super().export(matrix)
+        return Exported(codes, self.stored(self.scales[0]), spec)
 
     def regularizer(self) -> Tensor:
         """See `Binarizer.regularizer`."""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from dq.binarizers.binarizer import Binarizer, Exported
 from dq.binarizers.registry import binarizers
 from dq.errors import unknown
-from dq.scales import Scales
 from dq.spec import TensorSpec
 
 __all__ = ["Ternary"]
@@ -85,7 +84,7 @@ class Ternary(Binarizer):
     @property
     def spec(self) -> TensorSpec:
         """See `Binarizer.spec`."""
-        return TensorSpec("ternary", self.blocks, observer="mse")
+        return self.one_level("ternary")
 
     def _levels(self, matrix: Tensor) -> Tensor:
         parts = self.parts(matrix)
@@ -95,11 +94,11 @@ class Ternary(Binarizer):
 
     def forward(self, matrix: Tensor) -> Tensor:
         """See `Binarizer.forward`."""
-        return (self.scale * self._levels(matrix)).view(matrix.shape)
+        return (self.written(self.scale) * self._levels(matrix)).view(matrix.shape)
 
     @torch.no_grad()
     def export(self, matrix: Tensor) -> Exported:
         """See `Binarizer.export`."""
         levels = self._levels(matrix) * torch.where(self.scale < 0, -1.0, 1.0)
         codes = self.spec.grid.encode(levels.view(matrix.shape))
-        return Exported(codes, Scales(self.scale.abs().squeeze(-1)), self.spec)
+        return Exported(codes, self.stored(self.scale), self.spec)

@@ -45,7 +45,9 @@ class XNOR(Binarizer):
     @property
     def spec(self) -> TensorSpec:
         """See `Binarizer.spec`."""
-        return TensorSpec("binary", self.blocks, symmetric=self.centre is None, observer="mse")
+        if self.centre is None:
+            return self.one_level("binary")
+        return TensorSpec("binary", self.blocks, symmetric=False, observer="mse")
 
     def _signs(self, parts: Tensor) -> Tensor:
         left = parts if self.centre is None else parts - self.centre
@@ -54,14 +56,18 @@ class XNOR(Binarizer):
 
     def forward(self, matrix: Tensor) -> Tensor:
         """See `Binarizer.forward`."""
-        value = self.scale * self._signs(self.parts(matrix))
-        return (value if self.centre is None else value + self.centre).view(matrix.shape)
+        sign = self._signs(self.parts(matrix))
+        if self.centre is None:
+            return (self.written(self.scale) * sign).view(matrix.shape)
+        return (self.scale * sign + self.centre).view(matrix.shape)
 
     @torch.no_grad()
     def export(self, matrix: Tensor) -> Exported:
         """See `Binarizer.export`."""
         scale, positive = self.scale, self._signs(self.parts(matrix)) >= 0
         positive = positive == (scale >= 0)  # of a negative scale, which learning may come to
+        codes = positive.to(torch.uint8).view(matrix.shape)
+        if self.centre is None:
+            return Exported(codes, self.stored(scale), self.spec)
         size = scale.abs().clamp_min(1e-12).squeeze(-1)
-        zero = None if self.centre is None else -self.centre.squeeze(-1) / size
-        return Exported(positive.to(torch.uint8).view(matrix.shape), Scales(size, zero), self.spec)
+        return Exported(codes, Scales(size, -self.centre.squeeze(-1) / size), self.spec)

@@ -114,7 +114,8 @@ def test_what_is_packed_is_what_was_learned(settings: dict[str, Any]) -> None:
             assert layer.salient.shape == (layer.spec.salient_channels,)
             assert layer.path().startswith("simulated")
         if settings.get("group") and layer.spec.weight.is_binary:
-            assert layer.weight_scale.shape[1] == layer.columns // 16
+            assert layer.spec.weight.scale_format == "uint6"
+            assert layer.path().startswith("int8")
 
 
 @pytest.mark.parametrize(
