@@ -32,6 +32,11 @@ def _parts(scales: Scales) -> tuple[Tensor | None, list[Tensor]]:
     return None if offset is None else offset.unsqueeze(-1), [s.unsqueeze(-1) for s in every]
 
 
+def _plane(codes: Tensor, index: int) -> Tensor:
+    """Return the signs of one basis, float32."""
+    return ((codes >> index) & 1).float().mul(2).sub(1)
+
+
 def encode_signs(x: Tensor, scales: Scales) -> Tensor:
     """Return the codes of the sums nearest to some values; ties go up.
 
@@ -60,7 +65,7 @@ def decode_signs(codes: Tensor, scales: Scales) -> Tensor:
     offset, every = _parts(scales)
     total: Tensor | None = None if offset is None else offset.expand(codes.shape)
     for index, scale in enumerate(every):
-        term = ((codes >> index) & 1).float().mul(2).sub(1) * scale
+        term = _plane(codes, index) * scale
         total = term if total is None else total + term
     assert total is not None  # there is at least one basis
     return total
@@ -103,7 +108,7 @@ def fit_signs(x: Tensor, bases: int, offset: bool = False) -> Scales:
         return scales
     for _ in range(_ROUNDS):
         codes = encode_signs(x, scales)
-        planes = [((codes >> i) & 1).float().mul(2).sub(1) for i in range(bases)]
+        planes = [_plane(codes, index) for index in range(bases)]
         planes += [torch.ones_like(x)] if offset else []
         design = torch.stack(planes, -1)  # (r, g, n, bases + offset)
         # Signs that are all equal say the same as the offset: a little on the diagonal decides.

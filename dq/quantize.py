@@ -19,7 +19,7 @@ from dq.observers import observers
 from dq.scales import Scales, scales_of_range
 from dq.spec import TensorSpec
 
-__all__ = ["choose_scales", "dequantize", "fake_quantize", "quantize"]
+__all__ = ["choose_scales", "dequantize", "fake_quantize", "quantize", "straight_through"]
 
 _STRIP = 1 << 18  # elements worked on together
 # The largest value of a row, divided by the scale that was made of it, may come out a rounding
@@ -137,6 +137,12 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """Return `value` with the gradient of `x`, which has its shape."""
+    found: Tensor = _StraightThrough.apply(x, value)  # type: ignore[no-untyped-call]
+    return found
+
+
 def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     """Quantize and dequantize a matrix, with straight-through gradients.
 
@@ -155,11 +161,7 @@ def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
     if spec.is_binary:
         parts = _blocks(x.float(), spec)
         value = decode_signs(encode_signs(parts.detach(), scales), scales)
-        return (
-            (value + (parts - parts.detach())).view(x.shape)
-            if x.requires_grad
-            else value.view(x.shape)
-        )
+        return (straight_through(parts, value) if x.requires_grad else value).view(x.shape)
     step = scales.step.unsqueeze(-1)
     levels = _blocks(x.float(), spec) / step
     with torch.no_grad():
@@ -168,7 +170,7 @@ def fake_quantize(x: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
         if scales.zero is not None:
             levels = levels + scales.zero.unsqueeze(-1)
         inside = levels.clamp(spec.grid.low * _EDGE, spec.grid.high * _EDGE)
-        rounded = _StraightThrough.apply(inside, rounded)  # type: ignore[no-untyped-call]
+        rounded = straight_through(inside, rounded)
     if scales.zero is not None:
         rounded = rounded - scales.zero.unsqueeze(-1)
     return (rounded * step).view(x.shape)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dq.quantize import choose_scales, dequantize
+from dq.bases import signs
+from dq.quantize import dequantize, straight_through
 from dq.scales import Scales
 from dq.spec import Granularity, TensorSpec
 
@@ -85,8 +86,8 @@ class Binarizer(nn.Module, ABC):
         if not self.group:
             return scale
         row, multiplier = _two_levels(scale.detach().abs())
-        value = torch.where(scale < 0, -1.0, 1.0) * row * multiplier
-        return scale + (value - scale).detach()
+        value = signs(scale.detach()) * row * multiplier
+        return straight_through(scale, value)
 
     def stored(self, scale: Tensor) -> Scales:
         """Return the magnitudes of scales `(N, G, 1)` in the form that is stored."""
@@ -116,7 +117,3 @@ class Binarizer(nn.Module, ABC):
     def at(self, progress: float) -> None:
         """Say how far training is, 0 to 1."""
         self.progress = progress
-
-    def refitted(self, matrix: Tensor) -> Scales:
-        """Return the scales of least squared error for a matrix, as rounding to nearest has."""
-        return choose_scales(matrix.detach().float(), self.spec)

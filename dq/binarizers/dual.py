@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dq.binarizers.binarizer import Binarizer, Exported
 from dq.binarizers.registry import binarizers
+from dq.quantize import straight_through
 from dq.scales import Scales
 from dq.spec import TensorSpec
 
@@ -15,21 +16,9 @@ __all__ = ["Dual"]
 _TRIED = [factor / 20 for factor in range(12, 33)]  # root mean squares, for the first scale
 
 
-class _Step(torch.autograd.Function):
-    """1 above 0, 0 below, with the gradient of the identity."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> Tensor:
-        return gradients[0]
-
-
 def _step(x: Tensor) -> Tensor:
-    found: Tensor = _Step.apply(x)  # type: ignore[no-untyped-call]
-    return found
+    """Return 1 above 0 and 0 below, with the gradient of the identity."""
+    return straight_through(x, (x >= 0).to(x.dtype))
 
 
 @binarizers.register("fdb")

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dq.bases import signs
+from dq.quantize import straight_through
 from dq.registry import Registry
 
 __all__ = ["Estimator", "biper", "estimators", "reste", "ste", "ste_sign"]
@@ -29,25 +29,10 @@ _BIPER_FREQUENCY = 20.0
 _BIPER_REAL = 0.5  # share of the training in which the sine itself is the weight
 
 
-class _STE(torch.autograd.Function):
-    """The sign, with gradient 1 within a window."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, window: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.window = window
-        return signs(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        return torch.where(x.abs() <= ctx.window, gradients[0], 0.0), None
-
-
 def ste_sign(x: Tensor, window: float = 1.0) -> Tensor:
     """Return the signs of `x`, +1 of 0, with the gradient of the identity where |x| <= window."""
-    found: Tensor = _STE.apply(x, window)  # type: ignore[no-untyped-call]
-    return found
+    inside = x if math.isinf(window) else torch.where(x.abs() <= window, x, x.detach())
+    return straight_through(inside, signs(x))
 
 
 @estimators.register("ste")
@@ -59,22 +44,6 @@ def ste(x: Tensor, progress: float) -> Tensor:
     return ste_sign(x, math.inf)
 
 
-class _ReSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, power: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.power = power
-        return signs(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        o, size = ctx.power, x.abs()
-        slope = size.clamp_min(_RESTE_NEAR) ** ((1 - o) / o) / o
-        slope = torch.where(size < _RESTE_NEAR, _RESTE_NEAR ** (1 / o) / _RESTE_NEAR, slope)
-        return gradients[0] * torch.where(size <= _RESTE_FAR, slope, 0.0), None
-
-
 @estimators.register("reste")
 def reste(x: Tensor, progress: float) -> Tensor:
     """The gradient of a root that sharpens from 1 to 3 (ReSTE, Wu et al. 2023, arXiv 2308.06689).
@@ -83,8 +52,11 @@ def reste(x: Tensor, progress: float) -> Tensor:
     its derivative, nearer to 0 that of the chord, farther away none.
     """
     power = 1 + (_RESTE_POWER - 1) * (1 - math.cos(math.pi * progress / 2))
-    found: Tensor = _ReSTE.apply(x, power)  # type: ignore[no-untyped-call]
-    return found
+    size = x.detach().abs()
+    slope = size.clamp_min(_RESTE_NEAR) ** ((1 - power) / power) / power
+    slope = torch.where(size < _RESTE_NEAR, _RESTE_NEAR ** (1 / power) / _RESTE_NEAR, slope)
+    slope = torch.where(size <= _RESTE_FAR, slope, 0.0)
+    return straight_through(x * slope, signs(x))
 
 
 @estimators.register("biper")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dq.binarizers.binarizer import Binarizer, Exported
 from dq.binarizers.registry import binarizers
 from dq.errors import unknown
+from dq.quantize import straight_through
 from dq.spec import TensorSpec
 
 __all__ = ["Ternary"]
@@ -42,18 +43,6 @@ _RULES: Mapping[str, _Rule] = {
     "tbt": _Rule(lambda x: 2 / 3 * _mean(x), lambda x, _: 4 / 3 * _mean(x)),
     "b158": _Rule(lambda x: 0.5 * _everywhere(x), lambda x, _: _everywhere(x)),
 }
-
-
-class _Three(torch.autograd.Function):
-    """-1, 0 or 1, with the gradient of the identity."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, threshold: Tensor) -> Tensor:
-        return torch.sign(x) * (x.abs() > threshold)
-
-    @staticmethod
-    def backward(ctx: object, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
 
 
 @binarizers.register("ternary")
@@ -89,8 +78,7 @@ class Ternary(Binarizer):
     def _levels(self, matrix: Tensor) -> Tensor:
         parts = self.parts(matrix)
         threshold = self.rule.threshold(parts.detach())
-        found: Tensor = _Three.apply(parts, threshold)  # type: ignore[no-untyped-call]
-        return found
+        return straight_through(parts, torch.sign(parts) * (parts.abs() > threshold))
 
     def forward(self, matrix: Tensor) -> Tensor:
         """See `Binarizer.forward`."""

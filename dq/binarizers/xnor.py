@@ -9,6 +9,7 @@ from dq.bases import greedy_signs
 from dq.binarizers.binarizer import Binarizer, Exported
 from dq.binarizers.estimators import estimators
 from dq.binarizers.registry import binarizers
+from dq.quantize import straight_through
 from dq.scales import Scales
 from dq.spec import TensorSpec
 
@@ -52,7 +53,7 @@ class XNOR(Binarizer):
     def _signs(self, parts: Tensor) -> Tensor:
         left = parts if self.centre is None else parts - self.centre
         # Normalized on the way forward alone: what comes back is meant for the weight itself.
-        return self.sign(left + (left / self.unit - left).detach(), self.progress)
+        return self.sign(straight_through(left, left / self.unit), self.progress)
 
     def forward(self, matrix: Tensor) -> Tensor:
         """See `Binarizer.forward`."""

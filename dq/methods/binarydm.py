@@ -22,10 +22,10 @@ from dq.binarizers import Binarizer, binarizers
 from dq.binarizers.estimators import estimators
 from dq.calibrate import Call, run, tap_inputs
 from dq.errors import DQError, unknown
-from dq.family import Role, check_roles, quantizable
+from dq.family import check_roles, quantizable
 from dq.full_precision import full_precision
 from dq.method import Job, methods
-from dq.methods.finetuning import Finetuning, layers_of, share, static_inputs
+from dq.methods.finetuning import BLOCKS, Finetuning, layers_of, share, static_inputs
 from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight
 from dq.nn.layers import Layer, input_channels
@@ -40,16 +40,6 @@ from dq.tuning.mimic import Mimicry
 __all__ = ["BinaryDM"]
 
 logger = logging.getLogger(__name__)
-
-_BINARY = (
-    Role.CONVOLUTION,
-    Role.SKIP,
-    Role.PROJECTION,
-    Role.SELF_ATTENTION,
-    Role.CROSS_ATTENTION,
-    Role.CROSS_KV,
-    Role.FEED_FORWARD,
-)
 
 
 @methods.register("binarydm")
@@ -85,7 +75,7 @@ class BinaryDM(Finetuning):
 
     outer: str = "ebb"
     inner: str = "xnor"
-    roles: tuple[str, ...] = _BINARY
+    roles: tuple[str, ...] = BLOCKS
     group: int = 0
     estimator: str = "ste"
     centred: bool = False
@@ -206,12 +196,7 @@ class BinaryDM(Finetuning):
             self._end(layers[name], binarizer)
         for quantizer in inputs:
             quantizer.settle()
-        said = (
-            f"{words}; loss on held-out images {found.best:.4g}, {found.start:.4g} before; from "
-            f"step {found.step} of {self.steps}"
-        )
-        logger.info("binarydm: %s", said)
-        job.plan = dataclasses.replace(job.plan, notes={**job.plan.notes, "binarydm": said})
+        self.report(job, "binarydm", words, found)
 
     def _outer(self, job: Job) -> set[str]:
         """Return the names of all layers near to input and output."""

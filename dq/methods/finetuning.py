@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import logging
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,10 +20,23 @@ from dq.family import Role
 from dq.full_precision import as_float32, floated
 from dq.method import Job, Method
 from dq.nn import Quantizer, QuantLayer
-from dq.tuning.loop import Schedule
+from dq.tuning.loop import Schedule, Tuned
 from dq.tuning.samples import Samples
 
-__all__ = ["Finetuning", "layers_of", "share", "static_inputs"]
+__all__ = ["BLOCKS", "Finetuning", "layers_of", "share", "static_inputs"]
+
+logger = logging.getLogger(__name__)
+
+BLOCKS = (
+    Role.FEED_FORWARD,
+    Role.SELF_ATTENTION,
+    Role.CROSS_ATTENTION,
+    Role.CROSS_KV,
+    Role.CONVOLUTION,
+    Role.SKIP,
+    Role.PROJECTION,
+)
+"""Roles of what is in the blocks; all else is what they begin and end with, or modulates them."""
 
 _COMPUTE = ("float32", "bfloat16")
 
@@ -77,6 +92,23 @@ class Finetuning(Method):
     @abstractmethod
     def learn(self, job: Job) -> None:
         """Do it, on a model none of whose parameters has a gradient."""
+
+    def report(self, job: Job, name: str, words: str, found: Tuned) -> None:
+        """Say what came of it, in the log and in the notes of the plan.
+
+        Args:
+            job: Whose plan.
+            name: Of the step.
+            words: What has learned.
+            found: What came of it.
+        """
+        said = (
+            f"loss on held-out images {found.best:.4g}, {found.start:.4g} before; from step "
+            f"{found.step} of {self.steps}"
+        )
+        logger.info("%s: %s", name, said)
+        notes = {**job.plan.notes, name: f"{words}; {said}"}
+        job.plan = dataclasses.replace(job.plan, notes=notes)
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -8,7 +8,6 @@ in `dq.methods.quest_recipes`.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from dq.errors import DQError, unknown
 from dq.family import Role, check_roles
 from dq.method import Job, methods
-from dq.methods.finetuning import Finetuning, layers_of, share, static_inputs
+from dq.methods.finetuning import BLOCKS, Finetuning, layers_of, share, static_inputs
 from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight, LowRankWeight
 from dq.plan import check_whole
@@ -41,7 +40,6 @@ PAPER_CRITICAL = (
     Role.CROSS_ATTENTION,
     Role.CROSS_KV,
 )
-_BLOCKS = (*PAPER_CRITICAL, Role.CONVOLUTION, Role.SKIP, Role.PROJECTION)
 _ALIGNING = 200  # steps of each layer of time, before it learns with the others
 
 
@@ -74,7 +72,7 @@ class QuEST(Finetuning):
     The other arguments are those of `dq.methods.finetuning`.
     """
 
-    critical: tuple[str, ...] = _BLOCKS
+    critical: tuple[str, ...] = BLOCKS
     time: bool = False
     start: str = "levels"
     drift: float = 4.0
@@ -138,13 +136,7 @@ class QuEST(Finetuning):
         for module in job.model.modules():
             if isinstance(module, Quantizer):
                 module.settle()
-        said = (
-            f"loss on held-out images {found.best:.4g}, {found.start:.4g} before; from step "
-            f"{found.step} of {self.steps}"
-        )
-        logger.info("quest: %s", said)
-        notes = {**job.plan.notes, "quest": f"{words}; {said}"}
-        job.plan = dataclasses.replace(job.plan, notes=notes)
+        self.report(job, "quest", words, found)
 
     def _distance(self, job: Job) -> Distance:
         """Return the distance between two outputs."""
