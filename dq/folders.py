@@ -1,4 +1,4 @@
-"""Output folders that appear whole or not at all; and where caches are."""
+"""Folders: outputs that appear whole or not at all, images, and where caches are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from pathlib import Path
 
 from dq.errors import DQError
 
-__all__ = ["cache_folder", "check_free", "new_folder"]
+__all__ = ["IMAGE_SUFFIXES", "cache_folder", "check_free", "images_below", "new_folder"]
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Return the images of a folder and of those below it, sorted by name."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def cache_folder() -> Path:

@@ -11,10 +11,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dq.errors import DQError
+from dq.folders import IMAGE_SUFFIXES, images_below
 
-__all__ = ["SUFFIXES", "check_images", "image_files", "read_batches", "to_tensor"]
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+__all__ = ["check_images", "image_files", "read_batches", "to_tensor"]
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -25,10 +24,11 @@ def image_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise DQError(f"{folder} is not a folder of images")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES)
+    files = images_below(folder)
     if len(files) < 2:
         raise DQError(
-            f"{folder} holds {len(files)} images ({', '.join(SUFFIXES)}); scores need at least 2"
+            f"{folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}); "
+            "scores need at least 2"
         )
     return files
 

@@ -19,10 +19,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from dq.errors import DQError
+from dq.folders import IMAGE_SUFFIXES, images_below
 
 __all__ = ["caption_of", "folder_files", "noised"]
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def folder_files(folder: str) -> list[Path]:
@@ -31,9 +30,9 @@ def folder_files(folder: str) -> list[Path]:
     Raises:
         DQError: If there are none.
     """
-    files = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in _SUFFIXES)
+    files = images_below(Path(folder))
     if not files:
-        raise DQError(f"{folder} holds no images ({', '.join(_SUFFIXES)})")
+        raise DQError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return files
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from dq.calibrate import CalibrationSpec
 
 __all__ = [
-    "AsJson", "Device", "Dtype", "Guidance", "ImageFolder", "Model", "Overwrite", "Prompts",
+    "AsJson", "CalibrationImages", "CalibrationSeed", "CalibrationSteps",
+    "Device", "Dtype", "Guidance", "ImageFolder", "Model", "Overwrite", "Prompts",
     "Seed", "Steps",
     "calibration", "dtype_of", "lines", "numbers", "placed", "print_json", "words",
 ]  # fmt: skip
@@ -29,6 +30,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Guidance = Annotated[float | None, typer.Option(help="guidance scale; default: the pipeline's")]
 Steps = Annotated[int, typer.Option(help="denoising steps")]
 Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt or class name a line")]
+CalibrationImages = Annotated[int | None, typer.Option(help="calibration images")]
+CalibrationSteps = Annotated[int | None, typer.Option(help="calibration steps an image")]
+CalibrationSeed = Annotated[int | None, typer.Option(help="calibration seed")]
 ImageFolder = Annotated[
     Path | None, typer.Option(help="images to calibrate on, captions beside them or as names")
 ]

@@ -11,6 +11,9 @@ import typer
 
 from dq.cli.options import (
     AsJson,
+    CalibrationImages,
+    CalibrationSeed,
+    CalibrationSteps,
     Device,
     Dtype,
     ImageFolder,
@@ -33,9 +36,9 @@ def quantize(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
     prompts: Prompts = None,
-    images: Annotated[int | None, typer.Option(help="calibration images")] = None,
-    steps: Annotated[int | None, typer.Option(help="calibration steps an image")] = None,
-    seed: Annotated[int | None, typer.Option(help="calibration seed")] = None,
+    images: CalibrationImages = None,
+    steps: CalibrationSteps = None,
+    seed: CalibrationSeed = None,
     image_folder: ImageFolder = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",

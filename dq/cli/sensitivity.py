@@ -9,6 +9,9 @@ import typer
 
 from dq.cli.options import (
     AsJson,
+    CalibrationImages,
+    CalibrationSeed,
+    CalibrationSteps,
     Device,
     Dtype,
     ImageFolder,
@@ -29,9 +32,9 @@ def sensitivity(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="folder to write")],
     prompts: Prompts = None,
-    images: Annotated[int | None, typer.Option(help="calibration images")] = None,
-    steps: Annotated[int | None, typer.Option(help="calibration steps an image")] = None,
-    seed: Annotated[int | None, typer.Option(help="calibration seed")] = None,
+    images: CalibrationImages = None,
+    steps: CalibrationSteps = None,
+    seed: CalibrationSeed = None,
     image_folder: ImageFolder = None,
     weights: Annotated[
         str, typer.Option(help="weight formats that compete")
