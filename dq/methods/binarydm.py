@@ -7,12 +7,12 @@ features of every block. Recipes by name are in `dq.methods.binarydm_recipes`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,16 +26,15 @@ from dq.family import check_roles, quantizable
 from dq.full_precision import full_precision
 from dq.method import Job, methods
 from dq.methods.finetuning import BLOCKS, Finetuning, layers_of, share, static_inputs
-from dq.nn import Quantizer, QuantLayer
-from dq.nn.latent import FullWeight
+from dq.nn import Quantizer
 from dq.nn.layers import Layer, input_channels
-from dq.nn.split import SplitQuantizer, joined
-from dq.nn.swap import replace
 from dq.plan import LayerSpec, Plan
 from dq.spec import Granularity, TensorSpec
+from dq.tuning.binarized import Binarized
 from dq.tuning.distill import Distillation
 from dq.tuning.loop import Group, tune
 from dq.tuning.mimic import Mimicry
+from dq.tuning.norms import norms_as_before, norms_to_learn
 
 __all__ = ["BinaryDM"]
 
@@ -147,53 +146,32 @@ class BinaryDM(Finetuning):
 
     def tune(self, job: Job) -> None:
         """See `Finetuning.tune`; norms that have learned are tensors like those before."""
-        before = {name: norm.weight for name, norm in _norms(job.model).items()}
-        kinds = {name: (weight.dtype, weight.requires_grad) for name, weight in before.items()}
-        super().tune(job)
-        for name, norm in _norms(job.model).items():
-            dtype, learns = kinds[name]
-            norm.to(dtype).requires_grad_(learns)
+        with norms_as_before(job.model):
+            super().tune(job)
 
     def learn(self, job: Job) -> None:
         """See `Finetuning.learn`."""
         samples, held_out = self.samples(job.calibration), self.samples(self.others(job))
         schedule = self.schedule(job)
-        chosen, outer = layers_of(job, self.roles), self._outer(job)
-        layers: dict[str, Any] = {name: job.model.get_submodule(name) for name in chosen}
         first = samples.batch(samples.shuffled(schedule.seed)[: schedule.batch])
-        sizes = _input_sizes(job.model, chosen, first) if self.salient else {}
-        made = {
-            name: self._begin(layer, name in outer, sizes.get(name))
-            for name, layer in layers.items()
-        }
-        stands = {name: layer.binarizer for name, layer in layers.items()}
-        groups = [group for name in chosen for group in self._groups(layers[name], made[name])]
-        norms = _norms(job.model) if self.norm_rate else {}
-        for name, norm in norms.items():
-            replace(job.model, name, copy.deepcopy(norm).requires_grad_())
-        if norms:
-            learning = [p for n in norms for p in job.model.get_submodule(n).parameters()]
-            groups.append(Group(learning, self.norm_rate))
-        inputs = static_inputs(job.model)
-        if inputs and self.input_rate:
-            groups.append(Group([q.learn() for q in inputs], self.input_rate))
-        learned = sum(p.numel() for group in groups for p in group.parameters)
-        words = share(job.model, learned)
+        layers = self._begin(job, first)
+        norms = norms_to_learn(job.model) if self.norm_rate else {}
+        inputs = static_inputs(job.model) if self.input_rate else []
+        groups = self._groups(job, layers, norms, inputs)
+        words = share(job.model, sum(p.numel() for group in groups for p in group.parameters))
         logger.info("binarydm: %s", words)
-        loss = self._loss(job, [*made.values()], norms, first)
-        order = self._order(chosen)
+        middle = (len(layers) - 1) / 2
 
         def at(progress: float) -> None:
             step = math.inf if progress >= 1 else progress * schedule.steps
-            for name, binarizer in made.items():
-                binarizer.at(progress)
-                started = not self.progressive or step >= order[name]
-                layers[name].binarizer = stands[name] if started else nn.Identity()
+            for index, layer in enumerate(layers):
+                layer.at(progress, not self.progressive or step >= round(abs(index - middle)))
 
+        loss = self._loss(job, layers, norms, first)
         stage = job.calibration.stage("binarydm")
         found = tune(groups, loss, samples, held_out, schedule, job.calibration.work, stage, at)
-        for name, binarizer in made.items():
-            self._end(layers[name], binarizer)
+        for layer in layers:
+            layer.end()
         for quantizer in inputs:
             quantizer.settle()
         self.report(job, "binarydm", words, found)
@@ -213,33 +191,38 @@ class BinaryDM(Finetuning):
     def _stored(self, outer: bool) -> TensorSpec:
         return self._binarizer(torch.ones(1, self.group or 1), outer).spec
 
-    def _begin(self, layer: QuantLayer, outer: bool, sizes: Tensor | None) -> Binarizer:
-        """Make weight and bias of a layer learnable; return what makes bits of the weight."""
-        if layer.spec.salient is not None and sizes is not None:
-            layer.set_salient(sizes.topk(layer.spec.salient_channels).indices.sort().values)
-        matrix = layer.matrix().detach().float()
-        layer.latent = FullWeight(matrix)
-        bias = layer.changed_bias()
-        if bias is not None:
-            layer.latent_bias = nn.Parameter(bias.detach().float().clone())
-        split = layer.weight_quantizer
-        if not isinstance(split, SplitQuantizer):
-            layer.binarizer = made = self._binarizer(matrix, outer).to(matrix.device)
-            return made
-        made = self._binarizer(matrix[:, ~split.mask], outer).to(matrix.device)
-        layer.binarizer = SplitQuantizer(made, split.dense, split.mask)
-        return made
+    def _begin(self, job: Job, first: Call) -> list[Binarized]:
+        """Make the layers learnable, in the model's order."""
+        chosen, outer = layers_of(job, self.roles), self._outer(job)
+        sizes = _input_sizes(job.model, chosen, first) if self.salient else {}
+        layers = []
+        for name in chosen:
+            layer: Any = job.model.get_submodule(name)
+            if layer.spec.salient is not None:
+                count = layer.spec.salient_channels
+                layer.set_salient(sizes[name].topk(count).indices.sort().values)
+            layers.append(Binarized(layer, partial(self._binarizer, outer=name in outer)))
+        return layers
 
-    def _groups(self, layer: Any, binarizer: Binarizer) -> list[Group]:
-        size = float(layer.latent.value.detach().abs().mean())
-        weights = [*layer.latent.parameters()]
-        weights += [] if layer.latent_bias is None else [layer.latent_bias]
-        scales = [*binarizer.parameters()]
-        groups = [Group(weights, self.drift * size / self.steps)]
-        return groups + ([Group(scales, self.scale_drift * size / self.steps)] if scales else [])
+    def _groups(
+        self,
+        job: Job,
+        layers: list[Binarized],
+        norms: Mapping[str, nn.Module],
+        inputs: list[Quantizer],
+    ) -> list[Group]:
+        """Return everything that learns."""
+        rates = self.drift / self.steps, self.scale_drift / self.steps
+        groups = [group for layer in layers for group in layer.groups(*rates)]
+        if norms:
+            learning = [p for name in norms for p in job.model.get_submodule(name).parameters()]
+            groups.append(Group(learning, self.norm_rate))
+        if inputs:
+            groups.append(Group([q.learn() for q in inputs], self.input_rate))
+        return groups
 
     def _loss(
-        self, job: Job, made: list[Binarizer], norms: Mapping[str, nn.Module], first: Call
+        self, job: Job, layers: list[Binarized], norms: Mapping[str, nn.Module], first: Call
     ) -> Any:
         """Return the loss of a batch: of the output, the features and the second scales."""
         blocks = job.family.blocks(job.model) if self.mimicking else ()
@@ -252,30 +235,12 @@ class BinaryDM(Finetuning):
             distilled.local = Mimicry(features, self.part, self.normalized)
 
         def loss(call: Call) -> Tensor:
-            vanishing = [b.regularizer() for b in made]
+            vanishing = [layer.binarizer.regularizer() for layer in layers]
             known = [r for r in vanishing if r.requires_grad]
             total = distilled(call)
             return total + self.penalty * torch.stack(known).mean() if known else total
 
         return loss
-
-    def _order(self, chosen: list[str]) -> Mapping[str, int]:
-        """Return the step that each layer begins at: from the middle of the model to its ends."""
-        middle = (len(chosen) - 1) / 2
-        return {name: round(abs(index - middle)) for index, name in enumerate(chosen)}
-
-    def _end(self, layer: Any, binarizer: Binarizer) -> None:
-        """Put what is stored in the place of what has learned."""
-        matrix, split = layer.latent().detach(), layer.weight_quantizer
-        mask = split.mask if isinstance(split, SplitQuantizer) else None
-        codes, scales, spec = binarizer.export(matrix if mask is None else matrix[:, ~mask])
-        assert spec == layer.spec.weight  # as it was decided
-        quantizer = Quantizer(spec)
-        quantizer.set_scales(scales)
-        layer.codes, layer.weight_quantizer, layer.binarizer = codes, quantizer, None
-        if mask is not None:
-            layer.codes = joined(codes, split.dense.encode(matrix[:, mask]), mask)
-            layer.weight_quantizer = SplitQuantizer(quantizer, split.dense, mask)
 
 
 def _input_sizes(model: nn.Module, names: list[str], call: Call) -> dict[str, Tensor]:
@@ -292,16 +257,3 @@ def _input_sizes(model: nn.Module, names: list[str], call: Call) -> dict[str, Te
         with tapped:
             run(model, call)
     return found
-
-
-def _norms(model: nn.Module) -> dict[str, Any]:
-    """Return the norms that have a weight, by name."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and isinstance(_weight(module), nn.Parameter)
-    }
-
-
-def _weight(module: nn.Module) -> object:
-    return getattr(module, "weight", None)
