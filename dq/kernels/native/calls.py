@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dq.kernels.kernel import Affine, Arguments
+from dq.kernels.live_blocks import LiveBlocks
 from dq.kernels.native.build import library
 from dq.packing import packed_length
 
@@ -60,7 +61,16 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
         _at,
         _at,
     ),
-    "attention": (*[_at] * 4, *[_Strides] * 4, *[_long] * 5, _float),
+    "attention": (
+        *[_at] * 4,
+        *[_Strides] * 4,
+        *[_long] * 5,
+        _float,
+        _at,
+        *[_long] * 3,
+        _at,
+        _at,
+    ),
     "group_norm": (_at, _int, _long, _long, _long, _long, _float, _at, _at, _at),
     "has_attention": (),
 }
@@ -221,7 +231,9 @@ def has_attention() -> bool:
     return found is not None and bool(_function("has_attention")())
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks | None = None
+) -> Tensor:
     """Return `softmax(scale * q k^T) v`.
 
     Args:
@@ -229,6 +241,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k: `(B, H, M, D)` likewise.
         v: `(B, H, M, D)` likewise.
         scale: Positive.
+        blocks: Order of the tokens, and which blocks count: of places and keys that are multiples
+            of 32, queries of 8. None for all.
 
     Returns:
         `(B, H, N, D)` bfloat16; the heads of a token lie side by side.
@@ -238,11 +252,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     batch, heads, tokens, depth = q.shape
     out = torch.empty(batch, tokens, heads, depth, dtype=torch.bfloat16).transpose(1, 2)
+    sparse: tuple[int, ...] = (0,) * 6
+    if blocks is not None:
+        table, (counts, numbers) = blocks.table, blocks.lists
+        sparse = (
+            table.data_ptr(), table.shape[1], *blocks.block, counts.data_ptr(), numbers.data_ptr()
+        )  # fmt: skip
     _call(
         "attention",
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
         *(_Strides(*t.stride()[:3]) for t in (q, k, v, out)),
-        batch, heads, tokens, k.shape[2], depth, scale,
+        batch, heads, tokens, k.shape[2], depth, scale, *sparse,
     )  # fmt: skip
     return out
 

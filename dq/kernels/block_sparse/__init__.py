@@ -1,0 +1,9 @@
+"""Attention of which only some blocks are computed: ways to compute it, one chosen by what it is.
+
+A file a way; `reference` defines what all of them compute.
+"""
+
+from dq.kernels.block_sparse.choice import block_sparse_attention, path
+from dq.kernels.block_sparse.way import Way, ways
+
+__all__ = ["Way", "block_sparse_attention", "path", "ways"]

@@ -1,0 +1,32 @@
+"""The native CPU kernel: order and mask cost nothing beside the products, which are in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dq.kernels.block_sparse.way import Way, ways
+from dq.kernels.live_blocks import LiveBlocks
+from dq.kernels.native import calls
+
+__all__ = ["NATIVE"]
+
+
+def _serves(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks) -> bool:
+    queries, keys = blocks.block
+    return (
+        all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (q, k, v))
+        and queries % 8 == 0
+        and keys % 32 == 0
+        and calls.has_attention()
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    )
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) -> Tensor:
+    return calls.attention(q, k, v, scale, blocks)
+
+
+NATIVE = ways.add(
+    "native", Way("native bf16 kernel, blocks skipped", ("cpu",), _serves, _run, rank=0)
+)

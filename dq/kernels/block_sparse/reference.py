@@ -1,0 +1,35 @@
+"""torch's own attention with the blocks written out as a mask: what defines all other ways.
+
+It saves no time, and takes a mask of all queries and keys.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dq.kernels.block_sparse.way import Way, ways
+from dq.kernels.live_blocks import LiveBlocks
+
+__all__ = ["REFERENCE"]
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) -> Tensor:
+    queries, keys = blocks.block
+    mask = blocks.live.repeat_interleave(queries, 1).repeat_interleave(keys, 2)
+    mask = mask & blocks.there[:, None, :]
+    mask[:, :, 0] |= ~mask.any(-1)  # rows without a query: nothing of them is read
+    moved = (blocks.moved(x) for x in (q, k, v))
+    return blocks.restored(F.scaled_dot_product_attention(*moved, mask, scale=scale))
+
+
+REFERENCE = ways.add(
+    "sdpa",
+    Way(
+        "masked sdpa: nothing is skipped",
+        ("cpu", "cuda", "mps", "xpu"),
+        lambda q, k, v, blocks: True,
+        _run,
+        rank=9,
+    ),
+)
