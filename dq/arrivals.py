@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dq import checksum
 from dq.errors import DQError
 from dq.nn.stored import COMPANIONS, TENSORS
+from dq.nn.token_site import TOKEN_TENSORS
 from dq.plan import Plan
 
 __all__ = ["Arrivals", "leaf"]
@@ -53,10 +54,10 @@ class Arrivals:
                 f"{lost[0]}; the file is incomplete, or {_OTHER_CHECKPOINT}"
             )
         for name in names:
-            if leaf(name) in COMPANIONS and name not in self.forms:
+            if leaf(name) in (*COMPANIONS, *TOKEN_TENSORS) and name not in self.forms:
                 raise DQError(
-                    f"the weights hold {name}, of a packed layer that the plan in config.json does "
-                    f"not name; {_OTHER_CHECKPOINT}"
+                    f"the weights hold {name}, of a part that the plan in config.json does not "
+                    f"name; {_OTHER_CHECKPOINT}"
                 )
 
     def check(self, name: str, value: Tensor) -> None:
@@ -77,7 +78,8 @@ class Arrivals:
         if name not in self.forms:
             return  # diffusers warns about tensors that a model has no use for
         shape, dtype = self.forms[name]
-        packed = name.rpartition(".")[0] in self.plan.layers and leaf(name) in TENSORS
+        layer, own = name.rpartition(".")[0], leaf(name)
+        packed = (layer in self.plan.layers and own in TENSORS) or own in TOKEN_TENSORS
         if value.shape != shape or (packed and value.dtype != dtype):
             raise DQError(
                 f"tensor {name} should be {_form(shape, dtype)} by the plan in config.json, the "

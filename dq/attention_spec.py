@@ -1,4 +1,4 @@
-"""How the operands of one attention are quantized."""
+"""What one attention becomes: operands of few bits, tokens in another order, blocks left out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from dq.errors import DQError, unknown
 from dq.spec import TensorSpec
+from dq.tokens.spec import TokenSpec
 
 __all__ = ["AttentionSpec"]
 
@@ -25,33 +26,38 @@ class AttentionSpec:
         query_key: Of q and k, seen as `(tokens, D)`; None leaves both as they are.
         value: Of v, seen as `(heads, tokens * D)`.
         probabilities: Of p, seen as `(queries, keys)`; None, like `value`, leaves both as they are.
+        tokens: Order of the tokens, and which blocks are computed; None for all, as they come.
     """
 
     query_key: TensorSpec | None = None
     value: TensorSpec | None = None
     probabilities: TensorSpec | None = None
+    tokens: TokenSpec | None = None
 
     def __post_init__(self) -> None:
         if (self.value is None) != (self.probabilities is None):
             raise DQError("values and probabilities are quantized together, or neither is")
-        if self.query_key is None and self.value is None:
-            raise DQError("an attention spec without operands does nothing; leave the site out")
-        for field in dataclasses.fields(self):
-            spec = getattr(self, field.name)
-            if spec is None:
-                continue
+        if self.query_key is None and self.value is None and self.tokens is None:
+            raise DQError("an attention spec that changes nothing; leave the site out")
+        for name, spec in self._operands().items():
             if not spec.dynamic or spec.granularity.kind != "token" or not spec.symmetric:
-                raise DQError(f"{field.name} is dynamic by token and symmetric, not {spec}")
-            unsigned = spec.grid.low == 0
-            if unsigned != (field.name == "probabilities"):
-                raise DQError(
-                    f"probabilities alone are unsigned: {field.name} is not {spec.format}"
-                )
+                raise DQError(f"{name} is dynamic by token and symmetric, not {spec}")
+            if (spec.grid.low == 0) != (name == "probabilities"):
+                raise DQError(f"probabilities alone are unsigned: {name} is not {spec.format}")
+
+    def _operands(self) -> dict[str, TensorSpec]:
+        every = {name: getattr(self, name) for name in ("query_key", "value", "probabilities")}
+        return {name: spec for name, spec in every.items() if spec is not None}
+
+    @property
+    def depends_on_step(self) -> bool:
+        """Whether it has to know the timestep."""
+        return self.tokens is not None and bool(self.tokens.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        specs = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {name: spec.to_dict() for name, spec in specs.items() if spec is not None}
+        values = {name: spec.to_dict() for name, spec in self._operands().items()}
+        return values if self.tokens is None else {**values, "tokens": self.tokens.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -64,11 +70,17 @@ class AttentionSpec:
         for key in values:
             if key not in known:
                 raise unknown("key of an attention spec", key, known)
-        return cls(**{name: TensorSpec.from_dict(spec) for name, spec in values.items()})
+        read = {n: TensorSpec.from_dict(spec) for n, spec in values.items() if n != "tokens"}
+        tokens = TokenSpec.from_dict(values["tokens"]) if "tokens" in values else None
+        return cls(**read, tokens=tokens)
 
     def __str__(self) -> str:
-        scores = "float" if self.query_key is None else self.query_key.format
-        words = [f"q k {scores}"]
-        if self.value is None or self.probabilities is None:
-            return f"{words[0]}, p v float"
-        return f"{words[0]}, p {self.probabilities.format} v {self.value.format}"
+        words = []
+        if self.query_key is not None or self.value is not None:
+            scores = "float" if self.query_key is None else self.query_key.format
+            words.append(f"q k {scores}")
+            if self.value is None or self.probabilities is None:
+                words.append("p v float")
+            else:
+                words.append(f"p {self.probabilities.format} v {self.value.format}")
+        return ", ".join(words if self.tokens is None else [*words, str(self.tokens)])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dq.errors import DQError
 from dq.nn.stored import TENSORS
+from dq.nn.token_site import SITE, TOKEN_TENSORS
 from dq.plan import Plan
 
 __all__ = ["check_readable", "digest", "metadata", "of", "of_model", "read"]
@@ -38,14 +39,17 @@ def digest(crcs: Mapping[str, int], plan: Plan) -> str:
         words += [f"{crcs[name]:08x}" for name in names if name in crcs]
     for site, operands in sorted(plan.attention.items()):
         words.append(f"{site} {json.dumps(operands.to_dict(), sort_keys=True)}")
+        names = (f"{site}.{SITE}.{leaf}" for leaf in TOKEN_TENSORS)
+        words += [f"{crcs[name]:08x}" for name in names if name in crcs]
     return f"{zlib.crc32(','.join(words).encode()):08x}"
 
 
 def of_model(model: nn.Module, plan: Plan) -> str:
     """Return the digest of a live, packed model."""
+    sites = [f"{name}.{SITE}" for name, spec in plan.attention.items() if spec.tokens is not None]
     crcs = {
         f"{name}.{leaf}": of(tensor)
-        for name in plan.layers
+        for name in (*plan.layers, *sites)
         for leaf, tensor in model.get_submodule(name).state_dict().items()
     }
     return digest(crcs, plan)

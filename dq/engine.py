@@ -137,7 +137,7 @@ def _install(job: Job) -> None:
     transforms = {n: t for n, t in job.transforms.items() if _has_transform(job.plan, n)}
     ranges = job.calibration.input_ranges(replace(job.plan, layers=rest), transforms)
     install(job.model, job.plan, transforms=transforms)
-    attention.quantize(job.model, job.plan.attention)
+    attention.change(job.model, job.plan.attention, job.tokens)
     for name, range in {**ranges, **chosen}.items():
         layer = job.model.get_submodule(name)
         assert isinstance(layer, QuantLayer)  # installed above

@@ -16,6 +16,7 @@ from torch import nn
 
 from dq.errors import DQError, unknown
 from dq.registry import Registry
+from dq.tokens.layout import TokenLayout
 
 __all__ = [
     "SMALLEST",
@@ -77,6 +78,8 @@ class Family:
         output: Name of the last layer; empty if it is not one Linear or Conv2d.
         outer: Names of the modules near to input and output: of UNets those whose features have
             half of the resolution or more, of transformers the first and the last blocks.
+        layouts: Where the tokens of the self-attentions of a call come from, from (model, arguments
+            by name): one for each number of tokens that is met; none for what is not a grid.
         dynamic_inputs: Whether activations are quantized by token at run time unless a recipe says
             otherwise: transformers, where channels of few tokens dominate static ranges.
         logits_axis: Axis of the output that holds logits over a vocabulary of tokens; None for
@@ -95,6 +98,7 @@ class Family:
     timed: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
     output: Callable[[nn.Module], str] = lambda model: ""
     outer: Callable[[nn.Module], tuple[str, ...]] = lambda model: ()
+    layouts: Callable[[nn.Module, Mapping[str, Any]], tuple[TokenLayout, ...]] = lambda m, call: ()
     dynamic_inputs: bool = False
     logits_axis: int | None = None
 

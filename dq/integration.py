@@ -23,7 +23,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from dq import checksum, runtime
+from dq import attention, checksum, runtime
 from dq.arrivals import Arrivals, leaf
 from dq.engine import decide
 from dq.errors import DQError, inside, unknown
@@ -32,6 +32,7 @@ from dq.nn import describe, empty_packed, packed_layers, unpack_model
 from dq.nn.packed import packed
 from dq.nn.stored import COMPANIONS
 from dq.nn.swap import replace
+from dq.nn.token_site import TOKEN_TENSORS
 from dq.plan import Plan
 from dq.recipe import Recipe
 
@@ -186,10 +187,12 @@ class DQQuantizer(DiffusersQuantizer):
 
     def _single_file(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take out what a plain model has not: with unknown keys the loader converts from LDM."""
-        self.pre_quantized = any(name.endswith(".weight_scale") for name in state_dict)
+        ours = ("weight_scale", *TOKEN_TENSORS)
+        self.pre_quantized = any(leaf(name) in ours for name in state_dict)
         if not self.pre_quantized:
             return state_dict
-        self._stash = {n: v for n, v in state_dict.items() if leaf(n) in COMPANIONS}
+        extra = (*COMPANIONS, *TOKEN_TENSORS)
+        self._stash = {n: v for n, v in state_dict.items() if leaf(n) in extra}
         return {n: v for n, v in state_dict.items() if n not in self._stash}
 
     def _incoming(self, name: str, value: Tensor) -> Tensor:
@@ -214,6 +217,7 @@ class DQQuantizer(DiffusersQuantizer):
         """Prepare a model for packed tensors, those of a single file being at hand already."""
         assert self.plan is not None  # packed checkpoints come with one
         empty_packed(model, self.plan)
+        attention.empty_sites(model, self.plan.attention)
         self._arrivals = Arrivals(model, self.plan, self._expected)
         if single_file is not None:
             single_file.update(self._stash)
@@ -224,9 +228,11 @@ class DQQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
-        """Claim the tensors of planned layers, except biases."""
+        """Claim the tensors of planned layers, except biases, and those of ordered tokens."""
         layer, _, own = param_name.rpartition(".")
         assert self.plan is not None  # decided before loading
+        if own in TOKEN_TENSORS:
+            return self.pre_quantized
         if layer not in self.plan.layers:
             return False
         return own == "weight" or (self.pre_quantized and own in COMPANIONS)

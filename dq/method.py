@@ -10,6 +10,7 @@ from torch import nn
 
 from dq.calibrate import Calibration
 from dq.family import Family
+from dq.nn.token_site import Chosen
 from dq.plan import Plan
 from dq.ranges import InputRange
 from dq.registry import Registry
@@ -36,6 +37,7 @@ class Job:
         plan: The decisions so far.
         calibration: Captured calls, made on first use.
         transforms: Of the inputs of layers whose spec has one, by layer.
+        tokens: Orders and block masks, by attention whose spec has ordered tokens.
         ranges: Of static inputs, by layer, where a step has chosen them; others are calibrated.
         generator: Source of every random number that a method draws.
     """
@@ -45,6 +47,7 @@ class Job:
     plan: Plan
     calibration: Calibration
     transforms: dict[str, Transform] = field(default_factory=dict)
+    tokens: dict[str, Chosen] = field(default_factory=dict)
     ranges: dict[str, ChosenRange] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 

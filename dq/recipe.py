@@ -41,6 +41,9 @@ class Recipe:
     def get(cls, asked: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
         """Return the recipe that is meant by a name, a `.yaml` or `.json` file, or a dictionary.
 
+        Names with "+" between them are recipes one after the other, on the calibration of the
+        first: "mixdq-w4a8+paro-50".
+
         Raises:
             DQError: If there is none; names the nearest.
         """
@@ -50,11 +53,17 @@ class Recipe:
             return cls.from_dict(asked)
         if Path(asked).suffix in (".yaml", ".yml", ".json"):
             return cls.read(Path(asked))
+        parts = [cls._named(name) for name in str(asked).split("+")]
+        steps = tuple(step for part in parts for step in part.steps)
+        return cls(str(asked), steps, parts[0].calibration)
+
+    @classmethod
+    def _named(cls, name: str) -> Recipe:
         for _, template in templates.items():
-            found = re.fullmatch(template.pattern, str(asked))
+            found = re.fullmatch(template.pattern, name)
             if found:
                 return template.build(found)
-        raise unknown("recipe", asked, templates.names())
+        raise unknown("recipe", name, templates.names())
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from dq.family import Family, Role, assign_roles, ends, families
+from dq.tokens.layout import TokenLayout
 
 __all__ = ["DIT"]
 
@@ -54,6 +56,11 @@ def _output(model: nn.Module) -> str:
     return "proj_out_2" if hasattr(model, "proj_out_2") else "proj_out"
 
 
+def _layouts(model: Any, call: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
+    height, width = (size // model.config.patch_size for size in call["hidden_states"].shape[-2:])
+    return (TokenLayout((height, width)),)
+
+
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     config, like = model.config, model.pos_embed.proj.bias
     size = config.sample_size
@@ -87,6 +94,7 @@ DIT: Family = families.add(
         timed=_timed,
         output=_output,
         outer=lambda model: ends(_blocks(model)),
+        layouts=_layouts,
         dynamic_inputs=True,
     ),
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from dq.family import Family, Role, assign_roles, ends, families
+from dq.tokens.layout import TokenLayout
 
 __all__ = ["MMDIT"]
 
@@ -56,6 +58,25 @@ def _timed(model: nn.Module) -> tuple[str, ...]:
     return tuple(n for n in _roles(model) if n.startswith("time_text_embed.timestep_embedder."))
 
 
+def _layouts(model: Any, call: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
+    """Return image and text together, and with SD3 the image alone: it has such attentions too.
+
+    Flux says where each image token lies; where these are of several images, there is no grid.
+    """
+    text = call["encoder_hidden_states"].shape[1]
+    if type(model).__name__ == "SD3Transformer2DModel":
+        patch = model.config.patch_size
+        height, width = (size // patch for size in call["hidden_states"].shape[-2:])
+        return TokenLayout((height, width), text), TokenLayout((height, width))
+    ids = call["img_ids"].reshape(-1, 3).long()
+    height, width = (int(ids[:, axis].max()) + 1 for axis in (1, 2))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    whole = torch.stack([torch.zeros_like(rows), rows, columns], -1).view(-1, 3)
+    if ids.shape != whole.shape or not torch.equal(ids.cpu(), whole):
+        return ()
+    return (TokenLayout((height, width), text, text_first=True),)
+
+
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     config, like = model.config, model.proj_out.bias
 
@@ -96,6 +117,7 @@ MMDIT: Family = families.add(
         timed=_timed,
         output=lambda model: "proj_out",
         outer=lambda model: ends(_blocks(model)),
+        layouts=_layouts,
         dynamic_inputs=True,
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from dq.family import Family, Role, assign_roles, families
+from dq.tokens.layout import TokenLayout
 
 __all__ = ["UNET"]
 
@@ -118,6 +120,16 @@ def _timed(model: Any) -> tuple[str, ...]:
     return tuple(n for n in _roles(model) if n.startswith(kinds[0]) or n.endswith(kinds[1:]))
 
 
+def _layouts(model: Any, call: Mapping[str, Any]) -> tuple[TokenLayout, ...]:
+    """Return the pixels of each level: convolutions of stride 2 round up."""
+    height, width = call["sample"].shape[-2:]
+    grids = [(height, width)]
+    for _ in model.down_blocks[1:]:
+        height, width = -(-height // 2), -(-width // 2)
+        grids.append((height, width))
+    return tuple(TokenLayout(grid) for grid in grids)
+
+
 def _sample_inputs(model: Any, batch: int, generator: torch.Generator) -> dict[str, Any]:
     config, like = model.config, model  # codes do not tell the dtype, nor do weights cast by layer
     size = config.sample_size if isinstance(config.sample_size, int) else 64
@@ -157,5 +169,6 @@ UNET: Family = families.add(
         timed=_timed,
         output=lambda model: "conv_out",
         outer=_outer,
+        layouts=_layouts,
     ),
 )

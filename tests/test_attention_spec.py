@@ -27,7 +27,7 @@ def test_json_and_words(spec: AttentionSpec) -> None:
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ((), "without operands does nothing"),
+        ((), "changes nothing"),
         ((INT8, INT8), "values and probabilities are quantized together"),
         ((INT8, INT8, INT8), "probabilities alone are unsigned"),
         ((UINT8,), "probabilities alone are unsigned: query_key is not uint8"),

@@ -29,7 +29,7 @@ def test_layers_and_attention_are_exact_inside_and_quantized_after(name: str) ->
         job.plan = step.decide(job)
     install(model, job.plan)
     layers_alone = run(model, call)
-    attention.quantize(model, job.plan.attention)
+    attention.change(model, job.plan.attention)
     quantized = run(model, call)
     assert not torch.equal(quantized, layers_alone)
     assert not torch.equal(layers_alone, expected)
@@ -43,7 +43,7 @@ def test_layers_and_attention_are_exact_inside_and_quantized_after(name: str) ->
 def test_it_ends_when_something_fails() -> None:
     model = MODELS["dit64"].network(MODELS["dit64"].build())
     job = start(model, Recipe("t", (Operands(),)), Samples(model), None)
-    attention.quantize(model, Operands().decide(job).attention)
+    attention.change(model, Operands().decide(job).attention)
     kinds = [type(m.processor) for m in model.modules() if hasattr(m, "processor")]
     with pytest.raises(KeyboardInterrupt), full_precision(model):
         raise KeyboardInterrupt

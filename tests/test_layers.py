@@ -11,7 +11,7 @@ LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.errors dq.registry dq.distance dq.progress dq.packing dq.work dq.folders dq.memory "
     "dq.tables dq.checkpoints dq.allocation",
     "dq.formats dq.block_formats dq.transform dq.spec dq.blocks dq.bases dq.quantize dq.scales "
-    "dq.observers dq.storage dq.presets dq.rounding dq.binarizers dq.kernels",
+    "dq.observers dq.storage dq.presets dq.rounding dq.binarizers dq.tokens dq.kernels",
     "dq.plan dq.attention_spec",
     "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.family dq.runtime "
     "dq.full_precision dq.inputs dq.ranges dq.trial dq.moments dq.sensitivity dq.tuning",

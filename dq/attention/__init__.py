@@ -1,5 +1,23 @@
-"""Attention processors with another attention: a faster one, or one with quantized operands."""
+"""Attention processors with another attention: faster, or changed as a plan says."""
 
-from dq.attention.processors import exact, install, quantize, sites, specs_of, uninstall
+from dq.attention.processors import (
+    change,
+    empty_sites,
+    exact,
+    install,
+    sites,
+    specs_of,
+    tapped,
+    uninstall,
+)
 
-__all__ = ["exact", "install", "quantize", "sites", "specs_of", "uninstall"]
+__all__ = [
+    "change",
+    "empty_sites",
+    "exact",
+    "install",
+    "sites",
+    "specs_of",
+    "tapped",
+    "uninstall",
+]

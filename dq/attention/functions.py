@@ -1,13 +1,15 @@
 """What stands in the place of torch's and diffusers' attention functions.
 
-A faster attention, or one with quantized operands.
+A faster attention, or one that a plan changes: operands of few bits, tokens in another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,9 +17,18 @@ from torch.nn import functional as F
 from dq.attention_spec import AttentionSpec
 from dq.errors import DQError
 from dq.kernels.attention import attention, serves
+from dq.kernels.block_sparse import block_sparse_attention
 from dq.nn.operands import quantized_attention
+from dq.nn.stepwise import spread_rows
+from dq.nn.token_site import TokenSite
 
-__all__ = ["dispatch_attention_fn", "quantized", "scaled_dot_product_attention"]
+__all__ = [
+    "Pair",
+    "changed",
+    "dispatch_attention_fn",
+    "scaled_dot_product_attention",
+    "watched",
+]
 
 
 def scaled_dot_product_attention(
@@ -73,10 +84,18 @@ def dispatch_attention_fn(
     return attention_dispatch.dispatch_attention_fn(query, key, value, *arguments, **options)
 
 
-def quantized(spec: AttentionSpec) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Return both functions with quantized operands: torch's `(B, H, N, D)`, diffusers' transposed.
+Pair = tuple[Callable[..., Tensor], Callable[..., Tensor]]
+Plain = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
+
+def _pair(attend: Plain, what: str) -> Pair:
+    """Return torch's function and diffusers', which has tokens before heads, for one attention.
 
     Both take what the originals take, and refuse what they do not know.
+
+    Args:
+        attend: Computes it of q, k, v `(B, H, N, D)`, the scale and the mask.
+        what: It is, for messages.
     """
 
     def torch_like(
@@ -93,16 +112,73 @@ def quantized(spec: AttentionSpec) -> tuple[Callable[..., Tensor], Callable[...,
         given = [name for name, asked in others.items() if asked is not None]
         if dropout_p or is_causal or enable_gqa or given:
             raise DQError(
-                "attention with quantized operands takes no dropout, causal mask, shared heads or "
-                f"backend of diffusers {given or ''}; leave the operands of this model in float"
+                f"attention with {what} takes no dropout, causal mask, shared heads or backend of "
+                f"diffusers {given or ''}; leave that of this model as it is"
             )
         factor = float(query.shape[-1] ** -0.5 if scale is None else scale)
-        return quantized_attention(query, key, value, factor, spec, attn_mask)
+        return attend(query, key, value, factor, attn_mask)
 
     def diffusers_like(
         query: Tensor, key: Tensor, value: Tensor, *rest: Any, **rest_named: Any
     ) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         return torch_like(q, k, v, *rest, **rest_named).transpose(1, 2)
+
+    return torch_like, diffusers_like
+
+
+def changed(spec: AttentionSpec, site: TokenSite | None) -> Pair:
+    """Return both functions of an attention that a plan changes.
+
+    Args:
+        spec: How.
+        site: Where tokens go and which blocks count, where the spec has tokens.
+    """
+    if site is None:
+        return _pair(
+            lambda q, k, v, scale, mask: quantized_attention(q, k, v, scale, spec, mask),
+            "quantized operands",
+        )
+    return _pair(partial(_ordered, site), "ordered tokens")
+
+
+def _ordered(
+    site: TokenSite, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+) -> Tensor:
+    if mask is not None:
+        raise DQError("attention with ordered tokens takes no mask: its blocks are chosen by one")
+    site.check(q, k)
+    group = site.group()
+    if isinstance(group, int):
+        return block_sparse_attention(q, k, v, scale, site.live(group))
+    rows = spread_rows(group, len(q))
+    out = torch.empty_like(q)
+    for each in rows.unique().tolist():
+        mine = rows == each
+        part = q[mine], k[mine], v[mine]
+        out[mine] = block_sparse_attention(*part, scale, site.live(each))
+    return out
+
+
+def watched(seen: Callable[[Tensor, Tensor, float], None]) -> Pair:
+    """Return both original functions, which tell somebody of queries and keys before they begin.
+
+    Args:
+        seen: Is given q and k, `(B, H, N, D)` and `(B, H, M, D)`, and the scale.
+    """
+
+    def tell(q: Tensor, k: Tensor, named: dict[str, Any]) -> None:
+        scale = named.get("scale")
+        seen(q.detach(), k.detach(), float(q.shape[-1] ** -0.5 if scale is None else scale))
+
+    def torch_like(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+        tell(query, key, named)
+        return F.scaled_dot_product_attention(query, key, value, *rest, **named)
+
+    def diffusers_like(
+        query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
+    ) -> Tensor:
+        tell(query.transpose(1, 2), key.transpose(1, 2), named)
+        return attention_dispatch.dispatch_attention_fn(query, key, value, *rest, **named)
 
     return torch_like, diffusers_like

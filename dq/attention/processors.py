@@ -1,6 +1,6 @@
 """Give a denoiser's attention processors another attention, and take it away again.
 
-A faster one, or, at sites where a plan says so, one with quantized operands.
+A faster one, or, at sites where a plan says so, one with quantized operands or ordered tokens.
 
 diffusers has a processor for every kind of model. What they do around the attention itself, norms,
 rotary embeddings, the order of text and image, is left to them: each keeps its own code, and only
@@ -11,24 +11,38 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
+import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dq.attention.functions import (
+    Pair,
+    changed,
     dispatch_attention_fn,
-    quantized,
     scaled_dot_product_attention,
+    watched,
 )
 from dq.attention_spec import AttentionSpec
 from dq.errors import unknown
+from dq.nn.steps import watch
+from dq.nn.token_site import SITE, Chosen, TokenSite
 
-__all__ = ["exact", "install", "quantize", "sites", "specs_of", "uninstall"]
+__all__ = [
+    "change",
+    "empty_sites",
+    "exact",
+    "install",
+    "sites",
+    "specs_of",
+    "tapped",
+    "uninstall",
+]
 
 
 def _functional(attention: Callable[..., Tensor]) -> ModuleType:
@@ -41,32 +55,49 @@ def _functional(attention: Callable[..., Tensor]) -> ModuleType:
     return made
 
 
-@functools.cache
-def _names(spec: AttentionSpec | None) -> dict[str, Any]:
+def _names(pair: Pair) -> dict[str, Any]:
     """Return what processors' code finds under the names of attention functions."""
-    functions = (scaled_dot_product_attention, dispatch_attention_fn)
-    torch_like, diffusers_like = functions if spec is None else quantized(spec)
+    torch_like, diffusers_like = pair
     return {"F": _functional(torch_like), "dispatch_attention_fn": diffusers_like}
 
 
-def _rebuilt(kind: type, state: dict[str, Any], spec: AttentionSpec | None = None) -> Any:
+def _rebuilt(
+    kind: type,
+    state: dict[str, Any],
+    spec: AttentionSpec | None = None,
+    site: TokenSite | None = None,
+) -> Any:
     """Make a processor again from what a pickle or a copy knows of it."""
-    changed = _changed(kind, spec) or kind
-    made: Any = object.__new__(changed)
+    made: Any = object.__new__(_changed(kind, spec, site) or kind)
     made.__dict__.update(state)
     return made
 
 
-@functools.cache
-def _changed(kind: type, spec: AttentionSpec | None) -> type | None:
+def _changed(kind: type, spec: AttentionSpec | None, site: TokenSite | None) -> type | None:
     """Return a subclass of a processor class whose code finds our attention, or None."""
+    if site is None:
+        return _shared(kind, spec)
+    assert spec is not None  # sites have one
+    return _subclass(kind, changed(spec, site), spec, site)
+
+
+@functools.cache
+def _shared(kind: type, spec: AttentionSpec | None) -> type | None:
+    """Return the subclass for all sites without a state of their own."""
+    pair = (scaled_dot_product_attention, dispatch_attention_fn)
+    return _subclass(kind, pair if spec is None else changed(spec, None), spec, None)
+
+
+def _subclass(
+    kind: type, pair: Pair, spec: AttentionSpec | None, site: TokenSite | None
+) -> type | None:
     call = inspect.getattr_static(kind, "__call__", None)
     if not isinstance(call, FunctionType) or issubclass(kind, nn.Module):
         return None
     theirs = {"F": F, "dispatch_attention_fn": attention_dispatch.dispatch_attention_fn}
     found = {
         name: ours
-        for name, ours in _names(spec).items()
+        for name, ours in _names(pair).items()
         if name in call.__code__.co_names and call.__globals__.get(name) is theirs[name]
     }
     if not found:
@@ -79,9 +110,10 @@ def _changed(kind: type, spec: AttentionSpec | None) -> type | None:
     body = {
         "__call__": made,
         "__module__": kind.__module__,
-        "__reduce__": lambda self: (_rebuilt, (kind, self.__dict__, spec)),
+        "__reduce__": lambda self: (_rebuilt, (kind, self.__dict__, spec, site)),
         "_dq_original": kind,
         "_dq_spec": spec,
+        "_dq_site": site,
     }
     return type(kind.__name__, (kind,), body)
 
@@ -94,10 +126,16 @@ def sites(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if _reachable(module))
 
 
-def _reachable(module: nn.Module) -> bool:
+def _original(module: nn.Module) -> type:
+    """Return the class of a processor as diffusers has made it."""
     processor = getattr(module, "processor", None)
     kind: type = getattr(processor, "_dq_original", type(processor))
-    return processor is not None and _changed(kind, None) is not None
+    return kind
+
+
+def _reachable(module: nn.Module) -> bool:
+    there = getattr(module, "processor", None) is not None
+    return there and _shared(_original(module), None) is not None
 
 
 def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyType({})) -> int:
@@ -105,7 +143,8 @@ def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyT
 
     Args:
         model: The denoiser.
-        specs: Of the sites whose operands are quantized, by name.
+        specs: Of the attentions that a plan changes, by name. Those with ordered tokens have a
+            `TokenSite` below them already.
 
     Returns:
         Number of processors that did not before.
@@ -114,30 +153,57 @@ def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyT
         DQError: If the specs name a site that the model lacks.
     """
     known = sites(model)
-    for name in specs:
-        if name not in known:
-            raise unknown(f"attention of this {type(model).__name__}", name, known)
+    _check(model, specs, known)
     return sum(_give(model.get_submodule(name), specs.get(name)) for name in known)
 
 
-def quantize(model: nn.Module, specs: Mapping[str, AttentionSpec]) -> None:
-    """Quantize the operands of some sites, in place; the others become what they were.
+def _check(model: nn.Module, specs: Iterable[str], known: tuple[str, ...]) -> None:
+    for name in specs:
+        if name not in known:
+            raise unknown(f"attention of this {type(model).__name__}", name, known)
+
+
+def change(
+    model: nn.Module,
+    specs: Mapping[str, AttentionSpec],
+    chosen: Mapping[str, Chosen] = MappingProxyType({}),
+) -> None:
+    """Change some attentions, in place; the others become what they were.
 
     Args:
         model: The denoiser.
         specs: By name.
+        chosen: Orders and masks of those with ordered tokens, by name.
 
     Raises:
         DQError: If the specs name a site that the model lacks.
     """
+    known = sites(model)
+    _check(model, specs, known)
+    for name in known:
+        module, spec = model.get_submodule(name), specs.get(name)
+        if spec is None or spec.tokens is None:
+            _without_tokens(module)
+        elif name in chosen:
+            setattr(module, SITE, TokenSite(spec.tokens, chosen[name]))
     install(model, specs)
-    for name in sites(model):
+    for name in known:
         if name not in specs:
             _take_back(model.get_submodule(name))
+    watch(model)
+
+
+def empty_sites(model: nn.Module, specs: Mapping[str, AttentionSpec]) -> None:
+    """Prepare attentions with ordered tokens for what a file holds of them, on the meta device."""
+    _check(model, specs, sites(model))
+    for name, spec in specs.items():
+        if spec.tokens is not None:
+            empty = TokenSite(spec.tokens, device=torch.device("meta"))
+            setattr(model.get_submodule(name), SITE, empty)
 
 
 def specs_of(model: nn.Module) -> dict[str, AttentionSpec]:
-    """Return how operands are quantized now, by site; those that are not are left out."""
+    """Return how attentions are changed now, by site; those that are not are left out."""
     found = ((n, getattr(m, "processor", None)) for n, m in model.named_modules())
     specs = ((name, getattr(processor, "_dq_spec", None)) for name, processor in found)
     return {name: spec for name, spec in specs if spec is not None}
@@ -147,16 +213,46 @@ def uninstall(model: nn.Module) -> None:
     """Undo `install`."""
     for name in sites(model):
         _take_back(model.get_submodule(name))
+        _without_tokens(model.get_submodule(name))
 
 
 @contextmanager
 def exact(model: nn.Module) -> Iterator[None]:
-    """While active, no attention of a model has quantized operands."""
+    """While active, no attention of a model is changed."""
+    with _others(model, dict.fromkeys(specs_of(model))):
+        yield
+
+
+@contextmanager
+def tapped(
+    model: nn.Module, names: Iterable[str], seen: Callable[[str, Tensor, Tensor, float], None]
+) -> Iterator[None]:
+    """While active, attentions are as diffusers has made them, and say what they are given.
+
+    Args:
+        model: The denoiser.
+        names: Of the attentions.
+        seen: Is told the name, q and k, `(B, H, N, D)` and `(B, H, M, D)`, and the scale.
+    """
+    pairs = {name: watched(functools.partial(seen, name)) for name in names}
+    with _others(model, pairs):
+        yield
+
+
+@contextmanager
+def _others(model: nn.Module, pairs: Mapping[str, Pair | None]) -> Iterator[None]:
+    """While active, some attentions have other functions; None for those of diffusers."""
     before: dict[str, Any] = {}
-    for name in specs_of(model):
+    for name, pair in pairs.items():
         module: Any = model.get_submodule(name)
         before[name] = module.processor
         _take_back(module)
+        if pair is not None:
+            kind = _subclass(_original(module), pair, None, None)
+            assert kind is not None  # the caller has asked for what can be changed
+            made: Any = object.__new__(kind)
+            made.__dict__.update(vars(module.processor))
+            module.processor = made
     try:
         yield
     finally:
@@ -168,9 +264,10 @@ def _give(module: Any, spec: AttentionSpec | None) -> bool:
     """Give a site our attention; return whether it had another one."""
     processor = module.processor
     kind = getattr(processor, "_dq_original", None)
-    if kind is not None and processor._dq_spec == spec:
+    site = getattr(module, SITE) if spec is not None and spec.tokens is not None else None
+    if kind is not None and processor._dq_spec == spec and processor._dq_site is site:
         return False
-    module.processor = _rebuilt(kind or type(processor), dict(vars(processor)), spec)
+    module.processor = _rebuilt(kind or type(processor), dict(vars(processor)), spec, site)
     return True
 
 
@@ -181,3 +278,8 @@ def _take_back(module: Any) -> None:
         made = object.__new__(original)
         made.__dict__.update(vars(module.processor))
         module.processor = made
+
+
+def _without_tokens(module: Any) -> None:
+    if hasattr(module, SITE):
+        delattr(module, SITE)

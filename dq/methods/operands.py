@@ -47,8 +47,8 @@ class Operands(Method):
         """
         names = (self.query_key, self.value, self.probabilities)
         token = Granularity("token")
-        made = (None if n == FLOAT else TensorSpec(n, token, dynamic=True) for n in names)
-        return AttentionSpec(*made)
+        q, v, p = (None if n == FLOAT else TensorSpec(n, token, dynamic=True) for n in names)
+        return AttentionSpec(q, v, p)
 
     def decide(self, job: Job) -> Plan:
         """Give every attention the same formats; see `Method.decide`.

@@ -36,9 +36,9 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) -> T
         for part in rows.split(max(1, limit // max(1, batch * count * width * depth))):
             mine = which[part, :count]
             seen = there[mine].flatten(1)[None, :, None, :] if padded else None
-            picked = (x[:, mine].flatten(2, 3) for x in (keys, values))
+            some_keys, some_values = (x[:, mine].flatten(2, 3) for x in (keys, values))
             out[:, part] = F.scaled_dot_product_attention(
-                queries[:, part], *picked, seen, scale=scale
+                queries[:, part], some_keys, some_values, seen, scale=scale
             )
     return blocks.restored(out.unflatten(1, (heads, -1)).flatten(2, 3))
 

@@ -19,8 +19,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) -> T
     mask = blocks.live.repeat_interleave(queries, 1).repeat_interleave(keys, 2)
     mask = mask & blocks.there[:, None, :]
     mask[:, :, 0] |= ~mask.any(-1)  # rows without a query: nothing of them is read
-    moved = (blocks.moved(x) for x in (q, k, v))
-    return blocks.restored(F.scaled_dot_product_attention(*moved, mask, scale=scale))
+    q, k, v = (blocks.moved(x) for x in (q, k, v))
+    return blocks.restored(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))
 
 
 REFERENCE = ways.add(

@@ -1,0 +1,246 @@
+"""Orders of tokens and block masks for every self-attention.
+
+PAROAttention (Zhao et al. 2025, arXiv 2506.16054): each head's tokens are put in the order that
+gathers its large probabilities in few blocks, and the others are left out, by masks that are found
+once. The calibration of the paper is not public; what differs here is in docs/paro.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dq import attention
+from dq.attention_spec import AttentionSpec
+from dq.calibrate import Call
+from dq.errors import DQError, unknown
+from dq.full_precision import full_precision
+from dq.method import Job, Method, methods
+from dq.methods.step_groups import captured_times, centres
+from dq.nn.steps import noted
+from dq.nn.token_site import Chosen
+from dq.plan import Plan
+from dq.tokens.choice import RULES, mass_kept, paper_score
+from dq.tokens.layout import TokenLayout
+from dq.tokens.orders import candidates, natural
+from dq.tokens.spec import TokenSpec
+from dq.tokens.statistics import BlockStatistics
+
+__all__ = ["PARO"]
+
+_CRITERIA = ("mass", "paper")
+_ORDERS = ("axes", "tiles", "natural")
+
+
+@methods.register("paro")
+@dataclass(frozen=True)
+class PARO(Method):
+    """Order the tokens of every self-attention, and compute a share of its blocks.
+
+    Args:
+        density: Share of the blocks of all maps that is computed; 1 for all of them.
+        block: Queries and keys of a block, one or two numbers.
+        orders: What heads choose from: "axes" in any order; "tiles" too, an extension beyond the
+            paper; or only what is "natural" to the model.
+        criterion: What an order is judged by: "mass" that the mask keeps, or the score of the
+            "paper"; see `dq.tokens.choice`.
+        alpha: Weight of sparsity in that score.
+        rule: How blocks are chosen: by one "threshold" for all heads, or the "top" of each map.
+        groups: Of denoising steps with masks of their own; 0 for those of the paper, a group for
+            each of the first half of the calibration's steps and one for the rest.
+        maps: Rows of a call whose maps are looked at.
+        dense: Attentions of the first blocks of the model that are left whole.
+    """
+
+    density: float = 0.5
+    block: tuple[int, ...] = (64,)
+    orders: str = "axes"
+    criterion: str = "mass"
+    alpha: float = 0.5
+    rule: str = "threshold"
+    groups: int = 0
+    maps: int = 4
+    dense: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise DQError(f"density is a share of the blocks, above 0 and up to 1: {self.density}")
+        for name, known in (("orders", _ORDERS), ("criterion", _CRITERIA), ("rule", [*RULES])):
+            if getattr(self, name) not in known:
+                raise unknown(f"value of {name}", getattr(self, name), known)
+        if len(self.block) not in (1, 2):
+            raise DQError(f"block is the queries and keys of a block, or one number: {self.block}")
+        if not 0 <= self.alpha <= 1:
+            raise DQError(f"alpha is 0 to 1, not {self.alpha}")
+        for name, least in (("groups", 0), ("maps", 1), ("dense", 0)):
+            if getattr(self, name) < least:
+                raise DQError(f"{name} is {least} or more, not {getattr(self, name)}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Queries and keys of a block."""
+        return self.block[0], self.block[-1]
+
+    def decide(self, job: Job) -> Plan:
+        """Find orders and masks; see `Method.decide`.
+
+        Raises:
+            DQError: If no attention of the model has tokens that form a grid.
+            NeedsData: If nothing makes the denoiser run.
+        """
+        sites = self._sites(job)
+        times = captured_times(job.model, job.calibration)
+        groups = self._groups(times)
+        stage = job.calibration.stage("paro")
+        stored = job.calibration.work.load(stage)
+        if stored is None:
+            found = self._statistics(job, sites, groups)
+            stored = self._chosen(sites, found)
+            job.calibration.work.save(stage, stored)
+        plan = dict(job.plan.attention)
+        for name, layout in sites.items():
+            chosen = Chosen(stored[f"{name}.orders"], stored[f"{name}.masks"].bool())
+            heads = len(chosen.orders)
+            spec = TokenSpec(layout, heads, self._candidates(layout), self.size, groups)
+            job.tokens[name] = chosen
+            plan[name] = dataclasses.replace(
+                plan.get(name, AttentionSpec(tokens=spec)), tokens=spec
+            )
+        return dataclasses.replace(job.plan, attention=plan, notes=self._notes(job, sites, stored))
+
+    def _candidates(self, layout: TokenLayout) -> tuple[str, ...]:
+        if self.orders == "natural":
+            return (natural(layout.grid),)
+        return candidates(layout.grid, self.orders == "tiles")
+
+    def _groups(self, times: tuple[float, ...]) -> tuple[float, ...]:
+        """Return the timesteps of the groups, ascending; none for a single one."""
+        if self.groups == 1 or len(times) == 1:
+            return ()
+        if self.groups:
+            return centres(times, self.groups)
+        half = len(times) // 2  # timesteps fall: the first half of the steps are the larger ones
+        rest = times[: len(times) - half]
+        return (float(sum(rest) / len(rest)), *times[len(times) - half :])
+
+    def _sites(self, job: Job) -> dict[str, TokenLayout]:
+        """Return the attentions whose queries and keys are the same tokens, and what these are."""
+        known = attention.sites(job.model)
+        call = next(iter(_calls(job)))
+        layouts = {x.tokens: x for x in job.family.layouts(job.model, _bound(job, call))}
+        seen: dict[str, tuple[int, int]] = {}
+
+        def see(name: str, q: Tensor, k: Tensor, scale: float) -> None:
+            seen[name] = q.shape[2], k.shape[2]
+
+        with full_precision(job.model), attention.tapped(job.model, known, see):
+            next(iter(job.calibration.replay([call])))
+        sites = {n: layouts[q] for n, (q, k) in seen.items() if q == k and q in layouts}
+        sites = dict([*sites.items()][self.dense :])
+        if not sites:
+            raise DQError(
+                f"paro: no attention of this {type(job.model).__name__} has tokens that form a "
+                f"grid, of {len(known)} that can be changed; leave the step out"
+            )
+        return sites
+
+    def _statistics(
+        self, job: Job, sites: Mapping[str, TokenLayout], groups: tuple[float, ...]
+    ) -> dict[str, BlockStatistics]:
+        extremes = self.criterion == "paper"
+        found = {
+            name: BlockStatistics(
+                layout, self._candidates(layout), self.size, max(1, len(groups)), extremes
+            )
+            for name, layout in sites.items()
+        }
+        with full_precision(job.model), noted(job.model) as steps:
+
+            def see(name: str, q: Tensor, k: Tensor, scale: float) -> None:
+                rows = torch.linspace(0, len(q) - 1, min(self.maps, len(q))).long().unique()
+                group = steps.nearest(groups) if groups else 0
+                for row in rows.tolist():
+                    mine = group if isinstance(group, int) else int(group[row])
+                    found[name].add(q[row : row + 1], k[row : row + 1], scale, mine)
+
+            with attention.tapped(job.model, sites, see):
+                for calls in job.calibration.batches():
+                    for _ in job.calibration.replay(calls):
+                        pass
+        return found
+
+    def _chosen(
+        self, sites: Mapping[str, TokenLayout], found: Mapping[str, BlockStatistics]
+    ) -> dict[str, Tensor]:
+        """Return orders and masks of all attentions, by name."""
+        orders, sums, forced = {}, [], []
+        for name, layout in sites.items():
+            blocks = {o: found[name].blocks(o) for o in self._candidates(layout)}
+            every = torch.stack([b.sums for b in blocks.values()])  # (orders, G, H, q, k)
+            if self.criterion == "paper":
+                best = paper_score(blocks, self.size[0] * self.size[1], self.alpha).argmin(0)
+            else:
+                best = mass_kept(every, self.density).mean(1).argmax(0)
+            orders[name] = best.to(torch.uint8)
+            heads = torch.arange(every.shape[2], device=every.device)
+            sums.append(every[best, :, heads].transpose(0, 1))
+            forced.append(_diagonal(*every.shape[-2:]).to(every.device))
+        masks = RULES[self.rule](sums, forced, self._of_image(sites))
+        return {
+            **{f"{name}.orders": chosen for name, chosen in orders.items()},
+            **{f"{n}.masks": m.to(torch.uint8) for n, m in zip(sites, masks, strict=True)},
+        }
+
+    def _of_image(self, sites: Mapping[str, TokenLayout]) -> float:
+        """Return the density of the image's blocks alone: those of text are computed anyway."""
+        image = every = 0
+        for layout in sites.values():
+            spec = TokenSpec(layout, 1, self._candidates(layout), self.size)
+            queries, keys = spec.image_blocks
+            all_queries, all_keys = spec.blocks
+            image, every = image + queries * keys, every + all_queries * all_keys
+        return max(0.0, (self.density * every - (every - image)) / image)
+
+    def _notes(
+        self, job: Job, sites: Mapping[str, TokenLayout], stored: Mapping[str, Tensor]
+    ) -> dict[str, str]:
+        """Say what has been found."""
+        names: dict[str, int] = {}
+        for name, layout in sites.items():
+            for order in stored[f"{name}.orders"].tolist():
+                word = self._candidates(layout)[order]
+                names[word] = names.get(word, 0) + 1
+        kept = sum(int(stored[f"{name}.masks"].sum()) for name in sites)
+        every = sum(stored[f"{name}.masks"].numel() for name in sites)
+        words = ", ".join(f"{count} {word}" for word, count in sorted(names.items()))
+        share = f"{100 * kept / every:.0f} % of the image's blocks"
+        said = f"{len(sites)} attentions, {share}; orders of heads: {words}"
+        return {**job.plan.notes, "paro": said}
+
+
+def _diagonal(queries: int, keys: int) -> Tensor:
+    """Return which blocks hold a token that meets itself, `(q, k)` bool: no row is without one."""
+    unit = max(queries, keys)
+    row = torch.arange(unit) * queries // unit
+    column = torch.arange(unit) * keys // unit
+    found = torch.zeros(queries, keys, dtype=torch.bool)
+    found[row, column] = True
+    return found
+
+
+def _calls(job: Job) -> Any:
+    """Yield all captured calls."""
+    for calls in job.calibration.batches():
+        yield from calls
+
+
+def _bound(job: Job, call: Call) -> Call:
+    """Return a captured call by the names of the denoiser's arguments."""
+    names = inspect.signature(type(job.model).forward).parameters
+    return {name: value for name, value in call.items() if name in names}
