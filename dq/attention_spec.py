@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from dq.errors import DQError, unknown
+from dq.formats import FloatFormat
 from dq.spec import TensorSpec
 from dq.tokens.spec import TokenSpec
 
@@ -21,6 +22,10 @@ class AttentionSpec:
     A scale must be the same for everything that is summed over: q and k have one a token, the
     probabilities p one a query, and v one a head, since its tokens are summed. None of them adds an
     offset to a product, so that p, which is never negative, is unsigned with the code 0 for 0.
+
+    Where tokens are ordered, sums may go block by block, and granularity "block" gives q, k and p
+    one scale a block, v one a block of keys and feature. Keys have their mean taken off first,
+    which no softmax sees.
 
     Args:
         query_key: Of q and k, seen as `(tokens, D)`; None leaves both as they are.
@@ -39,15 +44,30 @@ class AttentionSpec:
             raise DQError("values and probabilities are quantized together, or neither is")
         if self.query_key is None and self.value is None and self.tokens is None:
             raise DQError("an attention spec that changes nothing; leave the site out")
+        wanted = "block" if self.by_block else "token"
+        if wanted == "block" and self.tokens is None:
+            raise DQError("scales by block need ordered tokens, which say what a block is")
         for name, spec in self._operands().items():
-            if not spec.dynamic or spec.granularity.kind != "token" or not spec.symmetric:
-                raise DQError(f"{name} is dynamic by token and symmetric, not {spec}")
+            if not spec.dynamic or spec.granularity.kind != wanted or not spec.symmetric:
+                raise DQError(f"{name} is dynamic by {wanted} and symmetric, not {spec}")
+            if isinstance(spec.grid, FloatFormat):
+                continue  # no product takes unsigned ones
             if (spec.grid.low == 0) != (name == "probabilities"):
                 raise DQError(f"probabilities alone are unsigned: {name} is not {spec.format}")
 
     def _operands(self) -> dict[str, TensorSpec]:
         every = {name: getattr(self, name) for name in ("query_key", "value", "probabilities")}
         return {name: spec for name, spec in every.items() if spec is not None}
+
+    @property
+    def by_block(self) -> bool:
+        """Whether scales are those of blocks."""
+        return any(spec.granularity.kind == "block" for spec in self._operands().values())
+
+    @property
+    def has_operands(self) -> bool:
+        """Whether some operands are quantized."""
+        return bool(self._operands())
 
     @property
     def depends_on_step(self) -> bool:

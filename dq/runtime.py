@@ -32,6 +32,7 @@ def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyT
     norm.install(model)
     remember_prompts(model, True)
     _note_kept_tokens(model)
+    _check_grids(model)
     watch(model)
 
 
@@ -41,6 +42,7 @@ def uninstall(model: nn.Module) -> None:
     norm.uninstall(model)
     remember_prompts(model, False)
     _forget_kept_tokens(model)
+    _check_grids(model)  # of none
     watch(model)  # no packed layer is left that asks for the timestep
 
 
@@ -97,6 +99,42 @@ def _forget_kept_tokens(model: Any) -> None:
     if hasattr(model, "_dq_kept"):
         model._dq_kept.remove()
         del model._dq_kept
+
+
+def _check_grids(model: Any) -> None:
+    """Refuse calls whose tokens form another grid than the one that masks were found on.
+
+    Attentions count tokens themselves; a grid of as many, but of another form, looks the same to
+    them.
+    """
+    if hasattr(model, "_dq_grids"):
+        model._dq_grids.remove()
+        del model._dq_grids
+    specs = attention.specs_of(model).values()
+    wanted = {spec.tokens.layout for spec in specs if spec.tokens is not None}
+    try:
+        family = family_of(model)
+    except DQError:  # see `remember_prompts`
+        return
+    if not wanted:
+        return
+    signature = inspect.signature(type(model).forward)
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        call = signature.bind(module, *args, **kwargs).arguments
+        there = family.layouts(module, call)
+        lost = wanted - set(there)
+        if lost:
+            raise DQError(
+                f"the attention of this {type(module).__name__} was calibrated for tokens of "
+                f"{', '.join(sorted(map(str, lost)))}; this call has "
+                f"{', '.join(map(str, there)) or 'no grid'}. Draw images of that size (and prompts "
+                "of that length), or quantize again at this one"
+            )
+
+    model._dq_grids = model.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:

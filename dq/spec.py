@@ -44,9 +44,10 @@ class Granularity:
     | `"channel"` | a row of a weight                 | `(R, 1)`                     |
     | `"token"`   | a row of an input                 | `(R, 1)`                     |
     | `"group32"` | 32 neighbours in a row            | `(R, K / 32)`                |
+    | `"block"`   | a block of an attention, as a row | `(R, 1)`                     |
 
     Args:
-        kind: One of tensor, channel, token, group.
+        kind: One of tensor, channel, token, group, block.
         size: Elements in a group; 0 for the other kinds.
     """
 
@@ -60,11 +61,12 @@ class Granularity:
         Raises:
             DQError: If `text` is none of them.
         """
-        if text in ("tensor", "channel", "token"):
+        if text in ("tensor", "channel", "token", "block"):
             return cls(text)
         if text.startswith("group") and text[5:].isdecimal() and int(text[5:]) > 0:
             return cls("group", int(text[5:]))
-        raise unknown("granularity", text, ("tensor", "channel", "token", "group32", "group64"))
+        known = ("tensor", "channel", "token", "group32", "group64", "block")
+        raise unknown("granularity", text, known)
 
     def __str__(self) -> str:
         return f"{self.kind}{self.size}" if self.size else self.kind

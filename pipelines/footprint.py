@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from dq.nn.layers import input_channels
 from dq.nn.stored import TENSORS
 from dq.plan import LayerSpec
 
-__all__ = ["Footprint", "LayerReport", "footprint", "planned_bytes"]
+__all__ = ["AttentionReport", "Footprint", "LayerReport", "footprint", "planned_bytes"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,32 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class AttentionReport:
+    """Attentions that are changed alike.
+
+    Attributes:
+        change: Operands, order of tokens and blocks, in words.
+        compute_path: What really runs on the device where they lie.
+        density: Share of the blocks that is computed, in all of them; None if there are no blocks.
+        sites: Number of attentions.
+    """
+
+    change: str
+    compute_path: str
+    density: float | None
+    sites: int
+
+    @property
+    def words(self) -> str:
+        """The change, with the density if there is one."""
+        share = "" if self.density is None else f", {100 * self.density:.0f} % of blocks"
+        return f"{self.change}{share}"
+
+    def __str__(self) -> str:
+        return f"attention {self.words}: {self.compute_path}, {self.sites} sites"
+
+
+@dataclass(frozen=True)
 class Footprint:
     """A denoiser in numbers.
 
@@ -55,8 +81,8 @@ class Footprint:
         float_bytes: Bytes without quantization in the same compute dtype.
         average_weight_bits: Bits of codes, scales and zero points a weight, over packed layers.
         layers: One report a packed layer.
-        attention: Number of attentions by how their operands are quantized, in words; those that
-            stay float are left out.
+        attention: What a plan changes of attentions, one report for all that are alike; those that
+            stay as they are are left out.
     """
 
     model: str
@@ -68,7 +94,7 @@ class Footprint:
     float_bytes: int
     average_weight_bits: float
     layers: tuple[LayerReport, ...]
-    attention: dict[str, int]
+    attention: tuple[AttentionReport, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -145,5 +171,20 @@ def footprint(model: nn.Module) -> Footprint:
         float_bytes=float_bytes + sum(map(_bytes, outside.values())),
         average_weight_bits=8 * packed / weights if weights else 0.0,
         layers=tuple(reports),
-        attention=dict(Counter(str(spec) for spec in attention.specs_of(model).values())),
+        attention=_attention(model),
     )
+
+
+def _attention(model: nn.Module) -> tuple[AttentionReport, ...]:
+    """Return what is changed of attentions, those that are alike together."""
+    alike: dict[tuple[str, str], list[float | None]] = defaultdict(list)
+    for name, spec in attention.specs_of(model).items():
+        site = attention.site_of(model.get_submodule(name))
+        path = attention.path(model, spec, site)
+        alike[str(spec), path].append(None if site is None else site.density())
+    reports = []
+    for (change, path), shares in alike.items():
+        known = [share for share in shares if share is not None]
+        density = sum(known) / len(known) if known else None
+        reports.append(AttentionReport(change, path, density, len(shares)))
+    return tuple(reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Inspection:
             "bytes_planned": count.planned_bytes,
             "average_weight_bits": count.average_weight_bits,
             "notes": self.notes,
-            "attention": count.attention,
+            "attention": [dataclasses.asdict(report) for report in count.attention],
             "theoretical": None if self.operations is None else self.operations.to_dict(),
             "layers": [
                 {
@@ -79,14 +80,12 @@ class Inspection:
             f"{self.header_bytes / 1e6:.3f} MB; the plan says {count.planned_bytes / 1e6:.3f} MB",
         ]
         theory = [] if self.operations is None else [str(self.operations)]
-        if not count.layers:
+        if not count.layers and not count.attention:
             return "\n".join([*lines, "not quantized", *theory])
-        lines.append(
-            f"bits     {count.average_weight_bits:.2f} a weight, scales and zero points included"
-        )
-        lines += ["", *_table(count), ""]
-        for words, number in count.attention.items():
-            lines.append(f"attention {words}: simulated, {number} sites")
+        if count.layers:
+            bits = f"{count.average_weight_bits:.2f} a weight"
+            lines += [f"bits     {bits}, scales and zero points included", "", *_table(count), ""]
+        lines += [str(report) for report in count.attention]
         lines += [table().summary(), *theory]
         lines += [f"note     {name}: {note}" for name, note in self.notes.items()]
         return "\n".join(lines)

@@ -220,8 +220,7 @@ class DQPipeline:
         ]
         for path, (layers, weights) in count.paths().items():
             lines.append(f"  compute  {path}: {layers} layers, {weights / 1e6:.1f} M weights")
-        for words, number in count.attention.items():
-            lines.append(f"  compute  attention {words}: simulated, {number} sites")
+        lines += [f"  compute  {report}" for report in count.attention]
         for name, note in (self.plan.notes if self.plan else {}).items():
             lines.append(f"  note     {name}: {note}")
         return "\n".join(lines)

@@ -5,17 +5,23 @@ from dq.attention.processors import (
     empty_sites,
     exact,
     install,
+    path,
+    site_of,
     sites,
     specs_of,
     tapped,
     uninstall,
 )
+from dq.nn.token_site import SITE
 
 __all__ = [
+    "SITE",
     "change",
     "empty_sites",
     "exact",
     "install",
+    "path",
+    "site_of",
     "sites",
     "specs_of",
     "tapped",

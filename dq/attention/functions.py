@@ -18,7 +18,8 @@ from dq.attention_spec import AttentionSpec
 from dq.errors import DQError
 from dq.kernels.attention import attention, serves
 from dq.kernels.block_sparse import block_sparse_attention
-from dq.nn.operands import quantized_attention
+from dq.kernels.live_blocks import LiveBlocks
+from dq.nn.operands import block_quantized_attention, quantized_attention
 from dq.nn.stepwise import spread_rows
 from dq.nn.token_site import TokenSite
 
@@ -139,25 +140,42 @@ def changed(spec: AttentionSpec, site: TokenSite | None) -> Pair:
             lambda q, k, v, scale, mask: quantized_attention(q, k, v, scale, spec, mask),
             "quantized operands",
         )
-    return _pair(partial(_ordered, site), "ordered tokens")
+    return _pair(partial(_ordered, spec, site), "ordered tokens")
 
 
 def _ordered(
-    site: TokenSite, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
+    spec: AttentionSpec,
+    site: TokenSite,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None,
 ) -> Tensor:
+    """Compute an attention with ordered tokens, the rows of each step group with their masks."""
     if mask is not None:
         raise DQError("attention with ordered tokens takes no mask: its blocks are chosen by one")
     site.check(q, k)
     group = site.group()
     if isinstance(group, int):
-        return block_sparse_attention(q, k, v, scale, site.live(group))
+        return _blocks(spec, q, k, v, scale, site.live(group))
     rows = spread_rows(group, len(q))
     out = torch.empty_like(q)
     for each in rows.unique().tolist():
         mine = rows == each
-        part = q[mine], k[mine], v[mine]
-        out[mine] = block_sparse_attention(*part, scale, site.live(each))
+        out[mine] = _blocks(spec, q[mine], k[mine], v[mine], scale, site.live(each))
     return out
+
+
+def _blocks(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks
+) -> Tensor:
+    if spec.by_block:
+        return block_quantized_attention(q, k, v, scale, spec, blocks)
+    if spec.has_operands:
+        moved = blocks.moved(q), blocks.moved(k), blocks.moved(v)
+        return blocks.restored(quantized_attention(*moved, scale, spec, blocks.mask))
+    return block_sparse_attention(q, k, v, scale, blocks)
 
 
 def watched(seen: Callable[[Tensor, Tensor, float], None]) -> Pair:

@@ -30,6 +30,7 @@ from dq.attention.functions import (
 )
 from dq.attention_spec import AttentionSpec
 from dq.errors import unknown
+from dq.kernels import block_sparse
 from dq.nn.steps import watch
 from dq.nn.token_site import SITE, Chosen, TokenSite
 
@@ -38,11 +39,16 @@ __all__ = [
     "empty_sites",
     "exact",
     "install",
+    "path",
+    "site_of",
     "sites",
     "specs_of",
     "tapped",
     "uninstall",
 ]
+
+
+_ANY = 64  # features of a head: no way is chosen by them
 
 
 def _functional(attention: Callable[..., Tensor]) -> ModuleType:
@@ -207,6 +213,29 @@ def specs_of(model: nn.Module) -> dict[str, AttentionSpec]:
     found = ((n, getattr(m, "processor", None)) for n, m in model.named_modules())
     specs = ((name, getattr(processor, "_dq_spec", None)) for name, processor in found)
     return {name: spec for name, spec in specs if spec is not None}
+
+
+def site_of(module: nn.Module) -> TokenSite | None:
+    """Return what an attention stores of ordered tokens; None if it has none."""
+    site = getattr(module, SITE, None)
+    assert site is None or isinstance(site, TokenSite)  # nothing else has that name
+    return site
+
+
+def path(model: nn.Module, spec: AttentionSpec, site: TokenSite | None) -> str:
+    """Return in words what a changed attention computes where the model lies.
+
+    Args:
+        model: The denoiser, whose dtype is that of operands.
+        spec: What is changed.
+        site: What it stores of ordered tokens.
+    """
+    if site is None or spec.has_operands:
+        return "simulated"
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    shape = 1, site.spec.heads, site.spec.layout.tokens, _ANY
+    q = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return block_sparse.path(q, q, q, site.live())
 
 
 def uninstall(model: nn.Module) -> None:

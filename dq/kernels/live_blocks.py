@@ -55,6 +55,15 @@ class LiveBlocks:
         return order[:, : int(self.there[0].sum())]
 
     @property
+    def mask(self) -> Tensor:
+        """Which keys each query sees, by places, `(H, L, L)` bool; at least one."""
+        queries, keys = self.block
+        mask = self.live.repeat_interleave(queries, 1).repeat_interleave(keys, 2)
+        mask = mask & self.there[:, None, :]
+        mask[:, :, 0] |= ~mask.any(-1)  # rows without a query: nothing of them is read
+        return mask
+
+    @property
     def density(self) -> float:
         """Share of the blocks that are computed."""
         return float(self.live.float().mean())

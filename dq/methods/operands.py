@@ -62,4 +62,11 @@ class Operands(Method):
                 f"operands: no attention of this {type(job.model).__name__} can be changed; its "
                 "processors call no attention function of torch or diffusers"
             )
-        return dataclasses.replace(job.plan, attention=dict.fromkeys(names, self.spec()))
+        before = job.plan.attention
+        made = {name: self._with(before.get(name)) for name in names}
+        return dataclasses.replace(job.plan, attention=made)
+
+    def _with(self, before: AttentionSpec | None) -> AttentionSpec:
+        """Return the spec of a site, with the order of tokens that it has already."""
+        tokens = None if before is None else before.tokens
+        return dataclasses.replace(self.spec(), tokens=tokens)

@@ -26,6 +26,8 @@ from dq.methods.step_groups import captured_times, centres
 from dq.nn.steps import noted
 from dq.nn.token_site import Chosen
 from dq.plan import Plan
+from dq.presets import FLOAT
+from dq.spec import Granularity, TensorSpec
 from dq.tokens.choice import RULES, mass_kept, paper_score
 from dq.tokens.layout import TokenLayout
 from dq.tokens.orders import candidates, natural
@@ -54,6 +56,9 @@ class PARO(Method):
         rule: How blocks are chosen: by one "threshold" for all heads, or the "top" of each map.
         groups: Of denoising steps with masks of their own; 0 for those of the paper, a group for
             each of the first half of the calibration's steps and one for the rest.
+        query_key: Format of q and k, with a scale a block, or "float".
+        value: Format of v, likewise.
+        probabilities: Format of probabilities, unsigned or floating point, or "float", as `value`.
         maps: Rows of a call whose maps are looked at.
         dense: Attentions of the first blocks of the model that are left whole.
     """
@@ -65,6 +70,9 @@ class PARO(Method):
     alpha: float = 0.5
     rule: str = "threshold"
     groups: int = 0
+    query_key: str = FLOAT
+    value: str = FLOAT
+    probabilities: str = FLOAT
     maps: int = 4
     dense: int = 0
 
@@ -76,11 +84,21 @@ class PARO(Method):
                 raise unknown(f"value of {name}", getattr(self, name), known)
         if len(self.block) not in (1, 2):
             raise DQError(f"block is the queries and keys of a block, or one number: {self.block}")
+        self.spec(TokenSpec(TokenLayout((1, 1)), 1, ("hw",), self.size), None)  # checks these
         if not 0 <= self.alpha <= 1:
             raise DQError(f"alpha is 0 to 1, not {self.alpha}")
         for name, least in (("groups", 0), ("maps", 1), ("dense", 0)):
             if getattr(self, name) < least:
                 raise DQError(f"{name} is {least} or more, not {getattr(self, name)}")
+
+    def spec(self, tokens: TokenSpec, before: AttentionSpec | None) -> AttentionSpec:
+        """Return what an attention becomes; formats that an earlier step has chosen stay."""
+        names = (self.query_key, self.value, self.probabilities)
+        block = Granularity("block")
+        q, v, p = (None if n == FLOAT else TensorSpec(n, block, dynamic=True) for n in names)
+        if before is not None and q is v is None:
+            return dataclasses.replace(before, tokens=tokens)
+        return AttentionSpec(q, v, p, tokens)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -109,9 +127,7 @@ class PARO(Method):
             heads = len(chosen.orders)
             spec = TokenSpec(layout, heads, self._candidates(layout), self.size, groups)
             job.tokens[name] = chosen
-            plan[name] = dataclasses.replace(
-                plan.get(name, AttentionSpec(tokens=spec)), tokens=spec
-            )
+            plan[name] = self.spec(spec, plan.get(name))
         return dataclasses.replace(job.plan, attention=plan, notes=self._notes(job, sites, stored))
 
     def _candidates(self, layout: TokenLayout) -> tuple[str, ...]:
@@ -121,7 +137,7 @@ class PARO(Method):
 
     def _groups(self, times: tuple[float, ...]) -> tuple[float, ...]:
         """Return the timesteps of the groups, ascending; none for a single one."""
-        if self.groups == 1 or len(times) == 1:
+        if self.groups == 1 or len(times) == 1 or self.density == 1:
             return ()
         if self.groups:
             return centres(times, self.groups)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from dq.calibrate import CalibrationSpec
 from dq.methods.paro import PARO
@@ -16,16 +18,37 @@ _CALIBRATION = CalibrationSpec(n=4, steps=20)  # maps of a head differ little be
 def _build(found: re.Match[str]) -> Recipe:
     orders = found["orders"] or "axes"
     size = int(found["block"] or 64)
-    step = PARO(int(found["density"]) / 100, (size,), orders)
+    density = int(found["density"] or 100) / 100
+    # Without a mask, an order is good for rounding alone.
+    judged: dict[str, Any] = {} if found["density"] else {"criterion": "paper", "alpha": 0.0}
+    formats: dict[str, Any] = _FORMATS[found["format"]] if found["format"] else {}
+    step = PARO(density, (size,), orders, **judged, **formats)
     return Recipe(found[0], (step,), _CALIBRATION)
 
+
+_FORMATS: Mapping[str, dict[str, Any]] = {
+    "int8": {"query_key": "int8", "value": "int8", "probabilities": "uint8"},
+    "fp8": {"query_key": "int8", "value": "e4m3", "probabilities": "e4m3"},
+    "int4": {"query_key": "int4", "value": "int4", "probabilities": "uint4"},
+}
+_FORMAT = rf"-(?P<format>{'|'.join(_FORMATS)})"
+_END = r"(-(?P<orders>tiles|natural))?(-b(?P<block>\d+))?"
 
 templates.add(
     "paro-50",
     Template(
-        r"paro-(?P<density>[1-9]\d?|100)(-(?P<orders>tiles|natural))?(-b(?P<block>\d+))?",
-        "half of the attention's blocks, tokens reordered by head; -30, -20; -tiles for more "
-        "orders, -b16 for smaller blocks; after a weight recipe with +",
+        rf"paro-(?P<density>[1-9]\d?)({_FORMAT})?{_END}",
+        "half of the attention's blocks, tokens reordered by head; -30, -20; -int8, -fp8, -int4 "
+        "for operands of few bits, -tiles for more orders, -b16 for smaller blocks; after a weight "
+        "recipe with +",
+        _build,
+    ),
+)
+templates.add(
+    "paro-int8",
+    Template(
+        rf"paro(?P<density>){_FORMAT}{_END}",
+        "all of the attention's blocks, with operands of 8 bits by block; -fp8, -int4",
         _build,
     ),
 )

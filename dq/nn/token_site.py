@@ -99,6 +99,13 @@ class TokenSite(nn.Module):
         live[:, :image_queries, :image_keys] = self.masks()[group]
         return LiveBlocks(table, live, self.spec.block)
 
+    def density(self) -> float:
+        """Return the share of the blocks that is computed, those of text among them."""
+        queries, keys = self.spec.blocks
+        masks = self.masks()
+        left_out = int((~masks).sum())
+        return 1 - left_out / (masks.shape[0] * masks.shape[1] * queries * keys)
+
     def group(self) -> int | Tensor:
         """Return the step group of the call; `(B,)` where its rows are at different steps."""
         if not self.spec.groups:

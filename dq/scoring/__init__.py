@@ -191,7 +191,7 @@ def _draw(
         "stored_bytes": count.stored_bytes,
         "bytes_on_disk": _files(source, pipe) if not recipe else None,
         "average_weight_bits": count.average_weight_bits or float_bits,
-        "attention": "; ".join(count.attention) or "float",
+        "attention": "; ".join(report.words for report in count.attention) or "float",
         "compute_paths": {path: layers for path, (layers, _) in count.paths().items()},
         "peak_megabytes": None if growth is None else (count.resident_bytes + growth) / 1e6,
     }

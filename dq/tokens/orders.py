@@ -44,9 +44,12 @@ def candidates(grid: Sequence[int], tiles: bool = False) -> tuple[str, ...]:
         grid: Of the image tokens. Axes of length 1 are not moved.
         tiles: Whether tile orders are among them.
     """
-    kept = [axis for axis, size in zip(_AXES[len(grid)], grid, strict=True) if size > 1]
-    still = [axis for axis in _AXES[len(grid)] if axis not in kept]
-    orders = ["".join((*still, *axes)) for axes in itertools.permutations(kept)]
+    axes = _AXES[len(grid)]
+    moved = [axis for axis, size in zip(axes, grid, strict=True) if size > 1]
+    orders = []
+    for wanted in itertools.permutations(moved):
+        left = iter(wanted)
+        orders.append("".join(next(left) if axis in moved else axis for axis in axes))
     return (*orders, *(TILES[len(grid)] if tiles else ()))
 
 

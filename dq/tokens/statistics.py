@@ -109,7 +109,8 @@ class BlockStatistics:
                     few = (map[:, mine] < _SMALL / tokens).float() @ columns[order]
                     total.small[group].index_add_(1, home[mine], few)
                     top = self._largest(map[:, mine], self._tables[order])
-                    highest[order].index_reduce_(1, home[mine], top, "amax")
+                    places = home[mine][None, :, None].expand_as(top)
+                    highest[order].scatter_reduce_(1, places, top, "amax")
         for order, found in highest.items():
             self._totals[order].maxima[group].add_(found)
 

@@ -48,7 +48,7 @@ def test_formats_that_do_not_fit_are_refused() -> None:
         Operands(probabilities="int8")
     with pytest.raises(DQError, match="quantized together"):
         Operands(value="float")
-    with pytest.raises(DQError, match="without operands"):
+    with pytest.raises(DQError, match="changes nothing"):
         Operands("float", "float", "float")
     assert str(Operands("int4", "float", "float").spec()) == "q k int4, p v float"
 

@@ -15,12 +15,8 @@ __all__ = ["REFERENCE"]
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) -> Tensor:
-    queries, keys = blocks.block
-    mask = blocks.live.repeat_interleave(queries, 1).repeat_interleave(keys, 2)
-    mask = mask & blocks.there[:, None, :]
-    mask[:, :, 0] |= ~mask.any(-1)  # rows without a query: nothing of them is read
     q, k, v = (blocks.moved(x) for x in (q, k, v))
-    return blocks.restored(F.scaled_dot_product_attention(q, k, v, mask, scale=scale))
+    return blocks.restored(F.scaled_dot_product_attention(q, k, v, blocks.mask, scale=scale))
 
 
 REFERENCE = ways.add(
