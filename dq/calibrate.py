@@ -58,6 +58,7 @@ class CalibrationSpec:
         seed: Of image 0; image i has seed + i.
         folder: Of images that the denoiser is to see, with noise, instead of those that it draws
             itself; their captions are the prompts unless some are given. Empty for none.
+        size: (height, width) of the images, or (frames, height, width); none for the model's own.
         first: Number of the prompt, or image of the folder, that is taken first.
     """
 
@@ -67,6 +68,7 @@ class CalibrationSpec:
     batch: int = 8
     seed: int = 0
     folder: str = ""
+    size: tuple[int, ...] = ()
     first: int = 0
 
     def __post_init__(self) -> None:
@@ -165,23 +167,31 @@ def _detached(value: Any) -> Any:
         return value.detach().cpu().clone()
     if isinstance(value, Mapping):
         return {k: _detached(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_detached, value))
     return value
 
 
 def flatten(call: Call) -> dict[str, Tensor]:
-    """Return the tensors of a call under dotted names; what is not a tensor must be None."""
+    """Return the tensors of a call under dotted names; what is not a tensor must be None.
+
+    Members of a tuple are called #0, #1 and so on.
+    """
     flat: dict[str, Tensor] = {}
     for key, value in call.items():
         if isinstance(value, Tensor):
             flat[key] = value
         elif isinstance(value, Mapping):
             flat |= {f"{key}.{k}": v for k, v in flatten(dict(value)).items()}
+        elif isinstance(value, tuple):
+            members = {f"#{index}": member for index, member in enumerate(value)}
+            flat |= {f"{key}.{k}": v for k, v in flatten(members).items()}
         elif isinstance(value, (int, float)):
             flat[key] = torch.tensor(value)
         elif value is not None:
             raise DQError(
                 f"argument {key!r} of the denoiser is a {type(value).__name__}: "
-                "calibration can replay tensors, numbers and dictionaries of them"
+                "calibration can replay tensors, numbers, and dictionaries and tuples of them"
             )
     return flat
 
@@ -195,7 +205,17 @@ def unflatten(flat: Mapping[str, Tensor]) -> Call:
         for name in path:
             place = place.setdefault(name, {})
         place[leaf] = value
-    return call
+    return {key: _with_tuples(value) for key, value in call.items()}
+
+
+def _with_tuples(value: Any) -> Any:
+    """Turn dictionaries whose keys are #0, #1 and so on into tuples."""
+    if not isinstance(value, dict):
+        return value
+    made = {key: _with_tuples(member) for key, member in value.items()}
+    if not all(key.startswith("#") for key in made):
+        return made
+    return tuple(made[f"#{index}"] for index in range(len(made)))
 
 
 @dataclass
@@ -361,4 +381,6 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         return {k: _moved(v, device) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(v, device) for v in value)
     return value

@@ -58,6 +58,8 @@ def floated(value: Any, device: torch.device | None = None) -> Any:
     """
     if isinstance(value, Mapping):
         return {k: floated(v, device) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(floated(v, device) for v in value)
     if isinstance(value, Tensor):
         dtype = torch.float32 if value.is_floating_point() else value.dtype
         return value.to(device or value.device, dtype)

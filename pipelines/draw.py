@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from dq.calibrate import CalibrationSpec
@@ -58,6 +59,7 @@ def draw(
     guidance: float | None = None,
     batch: int = 8,
     output_type: str = "pil",
+    size: Sequence[int] = (),
 ) -> list[Any]:
     """Draw one image a prompt.
 
@@ -71,27 +73,58 @@ def draw(
             its own draw one.
         output_type: "pil", "np" (float, 0 to 1, NHWC), "pt" or "latent", as in diffusers: for
             pipelines of tokens their codes, `(H, W)` int64.
+        size: (height, width), or (frames, height, width) of videos; none for the pipeline's own.
 
     Returns:
-        One entry a prompt.
+        One entry a prompt: an image, or of video pipelines all frames, one after the other.
 
     Raises:
-        DQError: If the pipeline takes neither prompts nor classes.
+        DQError: If the pipeline takes neither prompts nor classes, or not that size.
     """
     images: list[Any] = []
     alone = not _takes_seeds(pipe)
-    size = 1 if alone else batch
-    starts = range(0, len(prompts), size)
-    with _quiet(pipe):
+    together = 1 if alone else batch
+    starts = range(0, len(prompts), together)
+    with _quiet(pipe), _sized(pipe, size) as sizes:
         for start in track(starts, "drawing"):
-            part = list(prompts[start : start + size])
-            generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + size]]
-            arguments: dict[str, Any] = {"num_inference_steps": steps}
+            part = list(prompts[start : start + together])
+            generators = [torch.Generator().manual_seed(s) for s in seeds[start : start + together]]
+            arguments: dict[str, Any] = {"num_inference_steps": steps, **sizes}
             arguments["generator"] = generators[0] if alone else generators
             if guidance is not None:
                 arguments["guidance_scale"] = guidance
-            images.extend(pipe(**_condition(pipe, part, output_type), **arguments).images)
+            drawn = pipe(**_condition(pipe, part, output_type), **arguments)
+            images.extend(drawn.images if hasattr(drawn, "images") else drawn.frames)
     return images
+
+
+@contextmanager
+def _sized(pipe: Any, size: Sequence[int]) -> Iterator[dict[str, int]]:
+    """While active, the pipeline draws images of a size, if it is called with what is yielded."""
+    known: dict[int, tuple[str, ...]] = {
+        0: (),
+        2: ("height", "width"),
+        3: ("num_frames", "height", "width"),
+    }
+    names = known.get(len(size))
+    if names is None or any(number < 1 for number in size):
+        raise DQError(f"a size is (height, width) or (frames, height, width), not {tuple(size)}")
+    missing = [name for name in names if not _takes(pipe, name)]
+    if not missing:
+        yield dict(zip(names, size, strict=True))
+        return
+    scale = getattr(pipe, "vae_scale_factor", 8)
+    if missing != ["height", "width"] or not _takes(pipe, "class_labels") or len({*size}) != 1:
+        square = ", square images of any size" if _takes(pipe, "class_labels") else ""
+        raise DQError(f"{type(pipe).__name__} takes no {' and '.join(missing)}{square}")
+    # DiTPipeline asks its transformer how large an image is.
+    model = pipe.transformer
+    before = model._internal_dict
+    model._internal_dict = FrozenDict({**before, "sample_size": size[0] // scale})
+    try:
+        yield {}
+    finally:
+        model._internal_dict = before
 
 
 def _takes_seeds(pipe: Any) -> bool:
@@ -167,7 +200,9 @@ class PipelineSource:
         prompts, indices = self._prompts(spec), self._indices(spec, batch)
         chosen = [prompts[i] for i in indices]
         seeds = [spec.seed + i for i in indices]
-        drawn = draw(self.pipe, chosen, seeds, spec.steps, self.guidance, spec.batch, output_type)
+        drawn = draw(
+            self.pipe, chosen, seeds, spec.steps, self.guidance, spec.batch, output_type, spec.size
+        )
         return torch.stack([torch.as_tensor(image).float().cpu() for image in drawn])
 
     def _indices(self, spec: CalibrationSpec, batch: int) -> range:

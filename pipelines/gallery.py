@@ -40,6 +40,7 @@ class Settings:
         steps: Denoising steps.
         guidance: Guidance scale; None for the pipeline's own.
         batch: Images drawn together.
+        size: (height, width), or (frames, height, width); none for the pipeline's own.
     """
 
     prompts: tuple[str, ...]
@@ -47,6 +48,7 @@ class Settings:
     steps: int = 25
     guidance: float | None = None
     batch: int = 8
+    size: tuple[int, ...] = ()
 
     def differences(self, other: Settings) -> list[str]:
         """Return the names of what differs."""
@@ -156,7 +158,7 @@ class Gallery:
             images.extend(draw(
                 pipe, settings.prompts[batch.start : batch.stop],
                 [settings.seed + index for index in batch], settings.steps, settings.guidance,
-                batch=settings.batch,
+                batch=settings.batch, size=settings.size,
             ))  # fmt: skip
             seconds = time.perf_counter() - start
 
@@ -188,7 +190,8 @@ def read_gallery(folder: Path) -> Gallery:
     try:
         values = json.loads(record.read_text())
         model = values.pop("model")
-        settings = Settings(**{**values, "prompts": tuple(values["prompts"])})
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        settings = Settings(**{**values, **lists})
     except (ValueError, KeyError, TypeError) as error:
         raise DQError(f"{record} is damaged ({error}); delete the folder and draw again") from error
     return Gallery(folder, model, settings)

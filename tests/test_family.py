@@ -4,7 +4,7 @@ from torch import nn
 
 from dq.errors import DQError
 from dq.family import Role, assign_roles, families, family_of, quantizable
-from tests.models import MODELS
+from tests.models import MODELS, VIDEOS
 
 
 class Net(nn.Module):
@@ -23,7 +23,7 @@ def test_families_describe_classes_once() -> None:
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    networks = [case.network(case.build()) for case in MODELS.values()]
+    networks = [case.network(case.build()) for case in {**MODELS, **VIDEOS}.values()]
     tried = {type(network).__name__ for network in networks}
     for _, family in families.items():
         assert set(family.classes) <= tried, "add a tiny model to tests/models"
@@ -35,7 +35,7 @@ def test_the_family_of_a_model_knows_its_component(model_case, model_pipe) -> No
 
 
 def test_a_model_without_a_family_lists_the_known_classes() -> None:
-    text = "no family describes Net; known: DiTTransformer2DModel, .*UNet2DConditionModel.*CONTRIB"
+    text = "no family describes Net; known: .*DiTTransformer2DModel, .*UNet2DConditionModel.*CONTR"
     with pytest.raises(DQError, match=text):
         family_of(Net())
 

@@ -15,8 +15,10 @@ from dq.cli.options import (
     Guidance,
     Prompts,
     Seed,
+    Size,
     Steps,
     dtype_of,
+    extents,
     lines,
     print_json,
     words,
@@ -69,6 +71,7 @@ def evaluate(
     guidance: Guidance = None,
     batch: Annotated[int, typer.Option(help="images drawn together")] = 8,
     seed: Seed = 0,
+    size: Size = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     skip_bad: Annotated[
@@ -90,7 +93,7 @@ def evaluate(
         words(metrics), features, weights,
         resize, clip, reference, dtype_of(dtype), device, skip_bad,
     )  # fmt: skip
-    settings = Settings((), seed, steps, guidance, batch)
+    settings = Settings((), seed, steps, guidance, batch, extents(size))
     report = run(models, against, output, asked, count, settings, lines(prompts))
     if report is None:  # another process reports
         return

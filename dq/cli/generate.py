@@ -17,8 +17,10 @@ from dq.cli.options import (
     Overwrite,
     Prompts,
     Seed,
+    Size,
     Steps,
     dtype_of,
+    extents,
     lines,
     placed,
     print_json,
@@ -39,6 +41,7 @@ def generate(
     guidance: Guidance = None,
     batch: Annotated[int, typer.Option(help="images drawn at a time")] = 8,
     seed: Seed = 0,
+    size: Size = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     overwrite: Overwrite = False,
@@ -56,7 +59,7 @@ def generate(
     pipe = DQPipeline.from_pretrained(model, dtype=dtype_of(dtype), **placed(device))
     start = time.perf_counter()
     seeds = range(seed, seed + len(wanted))
-    images = draw(pipe, wanted, seeds, steps, guidance, batch)
+    images = draw(pipe, wanted, seeds, steps, guidance, batch, size=extents(size))
     seconds = time.perf_counter() - start
     if output.suffix:
         if len(images) > 1:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AsJson", "CalibrationImages", "CalibrationSeed", "CalibrationSteps",
     "Device", "Dtype", "Guidance", "ImageFolder", "Model", "Overwrite", "Prompts",
-    "Seed", "Steps",
-    "calibration", "dtype_of", "lines", "numbers", "placed", "print_json", "words",
+    "Seed", "Size", "Steps",
+    "calibration", "dtype_of", "extents", "lines", "numbers", "placed", "print_json", "words",
 ]  # fmt: skip
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -33,6 +33,9 @@ Prompts = Annotated[Path | None, typer.Option(help="text file, one prompt or cla
 CalibrationImages = Annotated[int | None, typer.Option(help="calibration images")]
 CalibrationSteps = Annotated[int | None, typer.Option(help="calibration steps an image")]
 CalibrationSeed = Annotated[int | None, typer.Option(help="calibration seed")]
+Size = Annotated[
+    str | None, typer.Option(help="HEIGHTxWIDTH, of videos FRAMESxHEIGHTxWIDTH, if not the model's")
+]
 ImageFolder = Annotated[
     Path | None, typer.Option(help="images to calibrate on, captions beside them or as names")
 ]
@@ -61,6 +64,7 @@ def calibration(
     steps: int | None,
     seed: int | None,
     folder: Path | None,
+    size: str | None = None,
     default: CalibrationSpec | None = None,
 ) -> CalibrationSpec:
     """Return the default calibration with what was given on the command line."""
@@ -70,8 +74,23 @@ def calibration(
 
     given: dict[str, Any] = {"n": images, "steps": steps, "seed": seed, "prompts": lines(prompts)}
     given["folder"] = None if folder is None else str(folder)
+    given["size"] = extents(size) or None
     changes = {key: value for key, value in given.items() if value is not None}
     return replace(default or CalibrationSpec(), **changes)
+
+
+def extents(size: str | None) -> tuple[int, ...]:
+    """Return the numbers of a size such as 512x768; none for None.
+
+    Raises:
+        DQError: If it is not of that form.
+    """
+    if size is None:
+        return ()
+    found = tuple(int(part) for part in size.split("x") if part.isdecimal())
+    if len(found) != size.count("x") + 1 or len(found) not in (2, 3):
+        raise DQError(f"a size is HEIGHTxWIDTH or FRAMESxHEIGHTxWIDTH, not {size!r}")
+    return found
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from dq.cli.options import (
     Model,
     Overwrite,
     Prompts,
+    Size,
     calibration,
     dtype_of,
     placed,
@@ -40,6 +41,7 @@ def quantize(
     steps: CalibrationSteps = None,
     seed: CalibrationSeed = None,
     image_folder: ImageFolder = None,
+    size: Size = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
     component: Annotated[str | None, typer.Option(help="denoiser, if there are several")] = None,
@@ -59,7 +61,7 @@ def quantize(
 
     check_free(output, overwrite)
     wanted = Recipe.get(recipe)
-    spec = calibration(prompts, images, steps, seed, image_folder, wanted.calibration)
+    spec = calibration(prompts, images, steps, seed, image_folder, size, wanted.calibration)
     wanted = replace(wanted, calibration=spec)
     work = output.with_name(f".{output.name}.work")
     start = time.perf_counter()

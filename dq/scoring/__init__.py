@@ -28,7 +28,7 @@ from dq.eval.score import DISTANCES, Scores, Side, check_metrics, score
 from dq.pipelines.draw import default_prompts, repeated
 from dq.pipelines.gallery import Gallery, Settings
 from dq.pipelines.pipeline import DQPipeline, resolve
-from dq.recipe import templates
+from dq.recipe import Recipe, templates
 from dq.scoring.page import write_page
 from dq.scoring.replay import captured, outputs
 from dq.scoring.report import FULL, Candidate, Report
@@ -176,11 +176,20 @@ class _Drawn:
         return Side(gallery.folder.name, gallery.files, prompts, latents, self.replayed)
 
 
+def _sized(name: str, settings: Settings) -> Recipe:
+    """Return a recipe that is calibrated on images of the size that is drawn."""
+    recipe = Recipe.get(name)
+    size = recipe.calibration.size or settings.size
+    return dataclasses.replace(
+        recipe, calibration=dataclasses.replace(recipe.calibration, size=size)
+    )
+
+
 def _draw(
     model: str, against: str, folder: Path, settings: Settings, asked: Asked, calls: Sequence[Call]
 ) -> _Drawn:
     recipe = _is_recipe(model)
-    source, wanted = (against, model) if recipe else (model, None)
+    source, wanted = (against, _sized(model, settings)) if recipe else (model, None)
     pipe = DQPipeline.from_pretrained(source, wanted, dtype=asked.dtype).to(asked.device)
     name = Path(model).stem if recipe else Path(model).name
     gallery = _gallery(pipe, model, folder / name, settings)

@@ -30,7 +30,9 @@ def captured(pipe: Any, settings: Settings) -> list[Call]:
         settings: What is drawn.
     """
     prompts = settings.prompts[:_IMAGES]
-    spec = CalibrationSpec(prompts, len(prompts), settings.steps, settings.batch, settings.seed)
+    spec = CalibrationSpec(
+        prompts, len(prompts), settings.steps, settings.batch, settings.seed, size=settings.size
+    )
     source = PipelineSource(pipe, settings.guidance)
     batches = Calibration(pipe.denoiser, source, spec).batches()
     return [call for batch in batches for call in batch]

@@ -25,17 +25,18 @@ from dq.methods.ptq import PTQ
 from dq.pipelines.footprint import footprint
 from dq.plan import Plan
 from dq.recipe import Recipe
-from tests.models import MODELS
+from tests.models import MODELS, VIDEOS
 from tests.packed import relative_error, same_state
 from tests.sources import Samples
 
-NAMES = ["sd32", "sdxl", "dit64", "pixart64", "sd3", "flux"]
+CASES = {**MODELS, **VIDEOS}
+NAMES = [name for name in CASES if name not in ("sd64", "amused")]
 each = pytest.mark.parametrize("name", NAMES)
 SMALL = CalibrationSpec(n=2, steps=2, batch=2)
 
 
 def network(name: str) -> nn.Module:
-    return MODELS[name].network(MODELS[name].build()).eval()
+    return CASES[name].network(CASES[name].build()).eval()
 
 
 def made(

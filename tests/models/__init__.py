@@ -22,13 +22,16 @@ from tests.models.mmdit import flux, sd3
 from tests.models.muse import amused
 from tests.models.parts import aligned
 from tests.models.unet import sd32, sd64, sdxl
+from tests.models.video import cogvideox, wan
 
 __all__ = [
     "MODELS",
     "PROMPT",
+    "VIDEOS",
     "ModelCase",
     "aligned",
     "amused",
+    "cogvideox",
     "dit64",
     "flux",
     "pixart64",
@@ -36,6 +39,7 @@ __all__ = [
     "sd32",
     "sd64",
     "sdxl",
+    "wan",
 ]
 
 PROMPT = "a red fox in the snow"
@@ -113,4 +117,13 @@ MODELS: Mapping[str, ModelCase] = MappingProxyType(
         ]
     )
 )
-"""Every tiny pipeline by name: sd32, sd64, sdxl, dit64, pixart64, sd3, flux, amused."""
+"""Every tiny pipeline of images by name: sd32, sd64, sdxl, dit64, pixart64, sd3, flux, amused."""
+
+VIDEOS: Mapping[str, ModelCase] = MappingProxyType(
+    dict(
+        _case(build, "transformer", prompt=PROMPT, max_sequence_length=16, height=64, width=64,
+              num_frames=9)
+        for build in (cogvideox, wan)
+    )
+)  # fmt: skip
+"""Those of videos: cogvideox, wan; they put out frames, not images."""
