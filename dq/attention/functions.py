@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from dq.attention_spec import AttentionSpec
 from dq.errors import DQError
 from dq.kernels.attention import attention, serves
-from dq.kernels.block_sparse import block_sparse_attention
+from dq.kernels.block_sparse import FLOAT, Operands, block_sparse_attention
 from dq.kernels.live_blocks import LiveBlocks
-from dq.nn.operands import block_quantized_attention, quantized_attention
+from dq.nn.operands import quantized_attention
 from dq.nn.stepwise import spread_rows
 from dq.nn.token_site import TokenSite
 
@@ -27,6 +27,7 @@ __all__ = [
     "Pair",
     "changed",
     "dispatch_attention_fn",
+    "formats_by_block",
     "scaled_dot_product_attention",
     "watched",
 ]
@@ -170,12 +171,18 @@ def _ordered(
 def _blocks(
     spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks
 ) -> Tensor:
-    if spec.by_block:
-        return block_quantized_attention(q, k, v, scale, spec, blocks)
-    if spec.has_operands:
+    if spec.has_operands and not spec.by_block:
         moved = blocks.moved(q), blocks.moved(k), blocks.moved(v)
         return blocks.restored(quantized_attention(*moved, scale, spec, blocks.mask))
-    return block_sparse_attention(q, k, v, scale, blocks)
+    return block_sparse_attention(q, k, v, scale, blocks, formats_by_block(spec))
+
+
+def formats_by_block(spec: AttentionSpec) -> Operands:
+    """Return the formats of operands whose scales are those of blocks."""
+    if not spec.by_block:
+        return FLOAT
+    parts = spec.query_key, spec.value, spec.probabilities
+    return Operands(*(None if part is None else part.format for part in parts))
 
 
 def watched(seen: Callable[[Tensor, Tensor, float], None]) -> Pair:

@@ -25,6 +25,7 @@ from dq.attention.functions import (
     Pair,
     changed,
     dispatch_attention_fn,
+    formats_by_block,
     scaled_dot_product_attention,
     watched,
 )
@@ -230,12 +231,12 @@ def path(model: nn.Module, spec: AttentionSpec, site: TokenSite | None) -> str:
         spec: What is changed.
         site: What it stores of ordered tokens.
     """
-    if site is None or spec.has_operands:
+    if site is None or (spec.has_operands and not spec.by_block):
         return "simulated"
     like = next(p for p in model.parameters() if p.is_floating_point())
     shape = 1, site.spec.heads, site.spec.layout.tokens, _ANY
     q = torch.empty(shape, dtype=like.dtype, device=like.device)
-    return block_sparse.path(q, q, q, site.live())
+    return block_sparse.path(q, q, q, site.live(), formats_by_block(spec))
 
 
 def uninstall(model: nn.Module) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["LiveBlocks"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,17 @@ class LiveBlocks:
         mask = mask & self.there[:, None, :]
         mask[:, :, 0] |= ~mask.any(-1)  # rows without a query: nothing of them is read
         return mask
+
+    def kept(self, name: str, make: Callable[[LiveBlocks], T]) -> T:
+        """Return what a kernel has made of these blocks, made once."""
+        if name not in self._made:
+            self._made[name] = make(self)
+        found: T = self._made[name]
+        return found
+
+    @cached_property
+    def _made(self) -> dict[str, Any]:
+        return {}
 
     @property
     def density(self) -> float:

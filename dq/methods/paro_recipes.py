@@ -27,7 +27,8 @@ def _build(found: re.Match[str]) -> Recipe:
 
 
 _FORMATS: Mapping[str, dict[str, Any]] = {
-    "int8": {"query_key": "int8", "value": "int8", "probabilities": "uint8"},
+    # Seven bits: products take both operands signed, and probabilities are not.
+    "int8": {"query_key": "int8", "value": "int8", "probabilities": "uint7"},
     "fp8": {"query_key": "int8", "value": "e4m3", "probabilities": "e4m3"},
     "int4": {"query_key": "int4", "value": "int4", "probabilities": "uint4"},
 }

@@ -1,9 +1,10 @@
 """Attention of which only some blocks are computed: ways to compute it, one chosen by what it is.
 
-A file a way; `reference` defines what all of them compute.
+A file a way; `reference` defines what all of them compute, `by_block` what those with rounded
+operands do.
 """
 
 from dq.kernels.block_sparse.choice import block_sparse_attention, path
-from dq.kernels.block_sparse.way import Way, ways
+from dq.kernels.block_sparse.way import FLOAT, Operands, Way, ways
 
-__all__ = ["Way", "block_sparse_attention", "path", "ways"]
+__all__ = ["FLOAT", "Operands", "Way", "block_sparse_attention", "path", "ways"]

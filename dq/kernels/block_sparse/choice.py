@@ -1,24 +1,27 @@
-"""The chooser: one way for each call, by device, dtype and block."""
+"""The chooser: one way for each call, by device, dtype, block and formats."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from dq.errors import DQError
-from dq.kernels.block_sparse.way import Way, ways
+from dq.kernels.block_sparse.way import FLOAT, Operands, Way, ways
 from dq.kernels.live_blocks import LiveBlocks
 
 __all__ = ["block_sparse_attention", "path"]
 
 
-def _chosen(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks, asked: str) -> Way:
+def _chosen(
+    q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks, operands: Operands, asked: str
+) -> Way:
     device = q.device.type
     if asked != "auto":
         way = ways[asked]
-        if device not in way.devices or not way.serves(q, k, v, blocks):
+        if device not in way.devices or not way.serves(q, k, v, blocks, operands):
+            few = "" if operands == FLOAT else f" rounded to {', '.join(map(str, operands))}"
             raise DQError(
-                f"block-sparse attention by {asked!r} does not take {q.dtype} operands on {device} "
-                f"in blocks of {blocks.block[0]}x{blocks.block[1]}; use 'auto'"
+                f"block-sparse attention by {asked!r} does not take {q.dtype} operands{few} on "
+                f"{device} in blocks of {blocks.block[0]}x{blocks.block[1]}; use 'auto'"
             )
         return way
     ranked = sorted(
@@ -26,18 +29,31 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks, asked: str) -> 
         key=lambda entry: entry[:2],
     )
     for _, _, way in ranked:
-        if device in way.devices and way.serves(q, k, v, blocks):
+        if device in way.devices and way.serves(q, k, v, blocks, operands):
             return way
     raise DQError(f"no way of block-sparse attention for {q.dtype} operands on {device}")
 
 
-def path(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks, asked: str = "auto") -> str:
+def path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: LiveBlocks,
+    operands: Operands = FLOAT,
+    asked: str = "auto",
+) -> str:
     """Return in words what is really computed; arguments as in `block_sparse_attention`."""
-    return _chosen(q, k, v, blocks, asked).path
+    return _chosen(q, k, v, blocks, operands, asked).path
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks, asked: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    blocks: LiveBlocks,
+    operands: Operands = FLOAT,
+    asked: str = "auto",
 ) -> Tensor:
     """Return `softmax(scale * q k^T) v`, the softmax over the keys of live blocks.
 
@@ -47,6 +63,7 @@ def block_sparse_attention(
         v: `(B, H, N, D)`.
         scale: Positive.
         blocks: Order and mask of N tokens.
+        operands: Formats that they are rounded to.
         asked: Name of a way, or "auto".
 
     Returns:
@@ -55,4 +72,4 @@ def block_sparse_attention(
     Raises:
         DQError: If the way that is asked for does not take these operands.
     """
-    return _chosen(q, k, v, blocks, asked).run(q, k, v, scale, blocks)
+    return _chosen(q, k, v, blocks, operands, asked).run(q, k, v, scale, blocks, operands)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dq.kernels.block_sparse.way import Way, ways
+from dq.kernels.block_sparse.way import FLOAT, Operands, Way, ways
 from dq.kernels.live_blocks import LiveBlocks
 
 __all__ = ["GATHERED"]
@@ -19,7 +19,9 @@ _NUMBERS = {"cpu": 1 << 18}  # of keys that are gathered at a time: what the cac
 _OTHERWISE = 1 << 26
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) -> Tensor:
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks, operands: Operands
+) -> Tensor:
     size, width = blocks.block
     batch, heads, _, depth = q.shape
     queries = blocks.moved(q).unflatten(2, (-1, size)).flatten(1, 2)  # (B, rows, size, D)
@@ -48,7 +50,7 @@ GATHERED = ways.add(
     Way(
         "torch's attention over gathered blocks",
         ("cpu", "cuda", "mps", "xpu"),
-        lambda q, k, v, blocks: True,
+        lambda q, k, v, blocks, operands: operands == FLOAT,
         _run,
         rank=5,
     ),

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dq.kernels.block_sparse.way import Way, ways
+from dq.kernels.block_sparse.way import FLOAT, Operands, Way, ways
 from dq.kernels.live_blocks import LiveBlocks
 from dq.kernels.native import calls
 
 __all__ = ["NATIVE"]
 
 
-def _serves(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks) -> bool:
+def _serves(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks, operands: Operands) -> bool:
     queries, keys = blocks.block
     return (
-        all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (q, k, v))
+        operands == FLOAT
+        and all(x.dtype == torch.bfloat16 and x.stride(-1) == 1 for x in (q, k, v))
         and queries % 8 == 0
         and keys % 32 == 0
         and calls.has_attention()
@@ -23,7 +24,9 @@ def _serves(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks) -> bool:
     )
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) -> Tensor:
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks, operands: Operands
+) -> Tensor:
     return calls.attention(q, k, v, scale, blocks)
 
 

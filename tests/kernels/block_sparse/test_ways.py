@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dq.errors import DQError
-from dq.kernels.block_sparse import block_sparse_attention, path, ways
+from dq.kernels.block_sparse import FLOAT, block_sparse_attention, path, ways
 from dq.kernels.live_blocks import LiveBlocks
-from dq.tokens import TokenLayout, candidates
+from dq.tokens import TokenLayout
+from tests.kernels.block_sparse.cases import operands, sparse
 
+# Flex compiles each shape for seconds: it has tests of its own.
+each = pytest.mark.parametrize("name", [name for name in ways.names() if name != "flex"])
 LAYOUTS = [
     TokenLayout((8, 8)),
     TokenLayout((7, 9), 5),
@@ -20,19 +23,6 @@ LAYOUTS = [
 ]
 BLOCKS = [(16, 16), (32, 32), (64, 64), (8, 32), (64, 32)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-
-
-def sparse(
-    layout: TokenLayout, heads: int, block: tuple[int, int], density: float = 0.5
-) -> LiveBlocks:
-    """Return random masks, heads in different orders."""
-    orders = candidates(layout.grid, tiles=True)
-    tables = [layout.table(orders[head % len(orders)], max(block)) for head in range(heads)]
-    size = len(tables[0])
-    live = torch.rand(heads, size // block[0], size // block[1]) < density
-    for row in range(live.shape[1]):
-        live[:, row, row * block[0] // block[1]] = True
-    return LiveBlocks(torch.stack(tables), live, block)
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) -> Tensor:
@@ -50,12 +40,7 @@ def expected(q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks) 
     return out
 
 
-def operands(tokens: int, heads: int, depth: int, dtype: torch.dtype) -> list[Tensor]:
-    """Return q, k and v as models have them: the heads of a token side by side."""
-    return [torch.randn(2, tokens, heads, depth).to(dtype).transpose(1, 2) for _ in range(3)]
-
-
-@pytest.mark.parametrize("name", ways.names())
+@each
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -65,15 +50,15 @@ def test_every_way_computes_the_definition(
     torch.manual_seed(0)
     q, k, v = operands(layout.tokens, 3, 40, dtype)
     blocks = sparse(layout, 3, block)
-    if "cpu" not in ways[name].devices or not ways[name].serves(q, k, v, blocks):
+    if "cpu" not in ways[name].devices or not ways[name].serves(q, k, v, blocks, FLOAT):
         pytest.skip(f"{name} does not take these")
-    made = block_sparse_attention(q, k, v, 0.3, blocks, name)
+    made = block_sparse_attention(q, k, v, 0.3, blocks, asked=name)
     assert made.dtype == dtype
     wanted = expected(q, k, v, 0.3, blocks)
     torch.testing.assert_close(made.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ways.names())
+@each
 @pytest.mark.parametrize("depth", [32, 40, 48, 64, 72, 80, 128, 160, 17])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_depth_of_heads(name: str, depth: int, dtype: torch.dtype) -> None:
@@ -81,14 +66,14 @@ def test_every_depth_of_heads(name: str, depth: int, dtype: torch.dtype) -> None
     layout = TokenLayout((9, 7), 3)
     q, k, v = operands(layout.tokens, 2, depth, dtype)
     blocks = sparse(layout, 2, (32, 32))
-    if "cpu" not in ways[name].devices or not ways[name].serves(q, k, v, blocks):
+    if "cpu" not in ways[name].devices or not ways[name].serves(q, k, v, blocks, FLOAT):
         pytest.skip(f"{name} does not take these")
-    made = block_sparse_attention(q, k, v, depth**-0.5, blocks, name)
+    made = block_sparse_attention(q, k, v, depth**-0.5, blocks, asked=name)
     wanted = expected(q, k, v, depth**-0.5, blocks)
     torch.testing.assert_close(made.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ways.names())
+@each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_with_every_block_it_is_plain_attention(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -96,9 +81,9 @@ def test_with_every_block_it_is_plain_attention(name: str, dtype: torch.dtype) -
     q, k, v = operands(layout.tokens, 4, 32, dtype)
     blocks = sparse(layout, 4, (32, 32), density=1.0)
     assert blocks.density == 1
-    if "cpu" not in ways[name].devices or not ways[name].serves(q, k, v, blocks):
+    if "cpu" not in ways[name].devices or not ways[name].serves(q, k, v, blocks, FLOAT):
         pytest.skip(f"{name} does not take these")
-    made = block_sparse_attention(q, k, v, 0.2, blocks, name)
+    made = block_sparse_attention(q, k, v, 0.2, blocks, asked=name)
     wanted = F.scaled_dot_product_attention(q, k, v, scale=0.2)
     torch.testing.assert_close(made, wanted, rtol=0, atol=TOLERANCE[dtype])
 
@@ -107,7 +92,7 @@ def test_what_is_taken_is_named() -> None:
     blocks = sparse(LAYOUTS[0], 2, (16, 16))
     q = torch.randn(1, 2, 64, 16)
     assert path(q, q, q, blocks) == "torch's attention over gathered blocks"
-    assert path(q, q, q, blocks, "sdpa").startswith("masked sdpa")
+    assert path(q, q, q, blocks, asked="sdpa").startswith("masked sdpa")
 
 
 def test_gradients_come_through() -> None:
@@ -115,7 +100,7 @@ def test_gradients_come_through() -> None:
     q, k, v = (x.requires_grad_() for x in operands(68, 2, 16, torch.float32))
     found = []
     for name in ("sdpa", "auto"):
-        made = block_sparse_attention(q, k, v, 0.3, blocks, name)
+        made = block_sparse_attention(q, k, v, 0.3, blocks, asked=name)
         found.append(torch.autograd.grad(made.square().sum(), (q, k, v)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -125,6 +110,6 @@ def test_a_way_that_does_not_take_the_operands_says_so() -> None:
     blocks = sparse(LAYOUTS[0], 2, (16, 16))
     q = torch.randn(1, 2, 64, 16)
     with pytest.raises(DQError, match=r"by 'native' does not take torch\.float32 operands on cpu"):
-        block_sparse_attention(q, q, q, 1.0, blocks, "native")
+        block_sparse_attention(q, q, q, 1.0, blocks, asked="native")
     with pytest.raises(DQError, match="Did you mean 'native'"):
-        block_sparse_attention(q, q, q, 1.0, blocks, "nativ")
+        block_sparse_attention(q, q, q, 1.0, blocks, asked="nativ")

@@ -1,0 +1,118 @@
+"""The Triton kernels as a way: order, rounding and skipped blocks in two launches."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from dq.kernels.block_sparse.way import Operands, Way, ways
+from dq.kernels.live_blocks import LiveBlocks
+
+__all__ = ["TRITON", "run"]
+
+logger = logging.getLogger("dq")
+
+# Formats that the kernels compute with, and how the values go in: as they are, int8, float8.
+_VALUES = {
+    Operands("int8"): 0,
+    Operands("int8", "int8", "uint7"): 1,
+    Operands("int8", "e4m3", "e4m3"): 2,
+}
+_LARGEST = {"int8": 127.0, "e4m3": 448.0}
+_DTYPES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
+_NEAR = 0.02  # relative distance from the reference that the self-test allows
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _serves(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks, operands: Operands) -> bool:
+    tensors = (q, k, v)
+    return (
+        operands in _VALUES
+        and _installed()
+        and all(size >= 16 and math.log2(size).is_integer() for size in blocks.block)
+        and all(x.dtype in (torch.float16, torch.bfloat16) for x in tensors)
+        and q.shape[-1] <= 256
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+        and _works(operands, q.dtype, q.device.index)
+    )
+
+
+@functools.cache
+def _works(operands: Operands, dtype: torch.dtype, device: int | None) -> bool:
+    """Run the self-test once a card: a kernel that is compiled wrongly must not draw pictures."""
+    from dq.kernels.block_sparse.by_block import BY_BLOCK
+
+    place = torch.device("cuda", device or 0)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 90, 64, generator=generator).to(place, dtype) for _ in range(3))
+    table = torch.nn.functional.pad(torch.arange(90, dtype=torch.int32), (0, 38), value=-1)
+    live = torch.tensor([[1, 0], [1, 1]], dtype=torch.bool)
+    tables, masks = table.expand(2, -1).contiguous(), live.expand(2, -1, -1)
+    blocks = LiveBlocks(tables.to(place), masks.to(place), (64, 64))
+    wanted = BY_BLOCK.run(q, k, v, 0.125, blocks, operands).float()
+    try:
+        found = run(q, k, v, 0.125, blocks, operands).float()
+    except Exception as error:  # compilers fail in many ways
+        logger.warning("attention by triton is left out on %s: %s", place, error)
+        return False
+    near = bool((found - wanted).norm() < _NEAR * wanted.norm())
+    if not near:
+        logger.warning("attention by triton is left out on %s: its self-test failed", place)
+    return near
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks, operands: Operands
+) -> Tensor:
+    """Compute it; see `Way.run`."""
+    from dq.kernels.block_sparse import triton_kernels as kernels
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    batch, heads, tokens, depth = q.shape
+    places = blocks.table.shape[1]
+    queries, keys = blocks.block
+    wide = max(16, 1 << (depth - 1).bit_length())
+    interpreted = q.device.type == "cpu"
+    mean = k.float().mean(2).contiguous()
+
+    def rounded(x: Tensor, size: int, name: str, centred: bool, by_feature: bool) -> list[Tensor]:
+        out = x.new_empty((batch, heads, places, depth), dtype=_DTYPES[name])
+        each = (depth,) if by_feature else ()
+        scales = x.new_empty((batch, heads, places // size, *each), dtype=torch.float32)
+        kernels.round_rows[places // size, batch * heads](
+            x, mean, blocks.table, out, scales, *x.stride()[:3], heads, places, depth,
+            SIZE=size, DEPTH=wide, LARGEST=_LARGEST[name], FLOATS=name == "e4m3",
+            BY_FEATURE=by_feature, CENTRED=centred, INTERPRETED=interpreted,
+        )  # fmt: skip
+        return [out, scales]
+
+    assert operands.query_key is not None  # all that are served have one
+    q8, q_scales = rounded(q, queries, operands.query_key, False, False)
+    k8, k_scales = rounded(k, keys, operands.query_key, True, False)
+    values, v_scales = v, k_scales
+    if operands.value is not None:
+        values, v_scales = rounded(v, keys, operands.value, False, True)
+    out = q.new_empty(batch, tokens, heads, depth).transpose(1, 2)
+    counts, numbers = blocks.lists
+    kernels.attend[places // queries, batch * heads](
+        q8, k8, values, q_scales, k_scales, v_scales, blocks.table, counts, numbers, out,
+        *v.stride()[:3], *out.stride()[:3], heads, places, depth, places // keys,
+        scale * math.log2(math.e),
+        QUERIES=queries, KEYS=keys, DEPTH=wide, VALUES=_VALUES[operands],
+        INTERPRETED=interpreted,
+    )  # fmt: skip
+    return out
+
+
+TRITON = ways.add(
+    "triton", Way("8-bit triton kernel, blocks skipped", ("cuda",), _serves, run, rank=1)
+)

@@ -1,0 +1,45 @@
+"""The Triton kernels in their interpreter, against the reference in torch, on tiny shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# The interpreter is chosen when kernels are made: a process of its own, once for all cases.
+_PROGRAM = """
+import json, sys, torch
+from dq.kernels.block_sparse import Operands, ways
+from dq.kernels.block_sparse.triton import run
+from tests.kernels.block_sparse.cases import CASES, DTYPES, FORMATS, operands, sparse
+found = {}
+for name, (layout, block, depth) in CASES.items():
+    for dtype in DTYPES:
+        for formats in FORMATS:
+            torch.manual_seed(0)
+            q, k, v = operands(layout.tokens, 2, depth, dtype)
+            blocks = sparse(layout, 2, block)
+            wanted = ways["by-block"].run(q, k, v, 0.2, blocks, Operands(*formats)).float()
+            made = run(q, k, v, 0.2, blocks, Operands(*formats)).float()
+            distance = float((made - wanted).norm() / wanted.norm())
+            found[f"{name} {dtype} {formats}"] = distance
+print(json.dumps(found))
+"""
+
+
+def test_kernels_compute_what_the_reference_defines() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PROGRAM],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) > 10
+    far = {name: distance for name, distance in found.items() if distance > 4e-3}
+    assert not far
