@@ -216,3 +216,28 @@ def test_mistakes_are_one_line_and_exit_code_2(
 def test_recipes_lists_every_template() -> None:
     assert json.loads(dq("recipes", "--json").stdout).keys() == set(templates.names())
     assert all(name in dq("recipes").stdout for name in templates.names())
+
+
+def test_attention_maps_are_a_page(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "maps.html"
+    recipe = tmp_path / "paro.yaml"
+    recipe.write_text(
+        "steps: [{method: paro, density: 0.5, block: [8]}]\ncalibration: {n: 1, steps: 2, batch: 1}"
+    )
+    done = dq("attention", folder, "-r", recipe, "-o", page, "--steps", 2, "--heads", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"page: {page}\n")
+    assert page.read_text().startswith("<!doctype html>")
+    again = dq("attention", folder, "-r", recipe, "-o", page)
+    assert again.returncode == 2
+    assert "exists" in again.stderr
+
+
+def test_images_have_the_size_that_was_asked_for(folder: Path, tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    done = dq("generate", folder, "--prompt", "a", "--steps", 1, "--size", "64x32", "-o", image)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(image).size == (32, 64)
+    wrong = dq("generate", folder, "--prompt", "a", "--size", "64", "-o", tmp_path / "b.png")
+    assert wrong.returncode == 2
+    assert "a size is HEIGHTxWIDTH or FRAMESxHEIGHTxWIDTH, not '64'" in wrong.stderr

@@ -18,7 +18,7 @@ LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.method dq.engine dq.recipe dq.integration dq.registration",
     "dq.methods dq.export",
     "dq.pipelines dq.eval",
-    "dq.cli dq.demo dq.scoring dq.bench dq.budgets dq.__main__ dq",
+    "dq.cli dq.demo dq.scoring dq.bench dq.budgets dq.views dq.__main__ dq",
 )
 LAYER = {unit: layer for layer, units in enumerate(LAYERS) for unit in units.split()}
 

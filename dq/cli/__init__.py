@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import typer
 
+from dq.cli.attention import attention
 from dq.cli.bench import bench
 from dq.cli.demo import demo
 from dq.cli.evaluate import evaluate
@@ -60,6 +61,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "recipes": recipes,
     "sensitivity": sensitivity,
+    "attention": attention,
     "bench": bench,
     "measure": measure,
     "eval": evaluate,

@@ -1,0 +1,1 @@
+"""Pages that show what a plan does to a model; a file each."""
