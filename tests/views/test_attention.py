@@ -28,9 +28,8 @@ def test_the_page_tells_orders_densities_and_what_is_kept(name: str, tmp_path: P
         assert sum(view.orders.values()) == site.spec.heads
         wanted = site.live().live.float().mean((1, 2))
         torch.testing.assert_close(torch.tensor(view.density), wanted)
-        assert all(
-            density < share <= 1.001 for density, share in zip(view.density, view.kept, strict=True)
-        )
+        # Random weights attend to everything alike: blocks hold about their share.
+        torch.testing.assert_close(torch.tensor(view.kept), wanted, rtol=0, atol=0.1)
     text = (tmp_path / "page.html").read_text()
     assert text.count("data:image/png") == len(views)
     assert all(view.name in text for view in views)
