@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dq import attention, checksum, runtime
 from dq.arrivals import Arrivals, leaf
+from dq.attention import dispatcher
 from dq.engine import decide
 from dq.errors import DQError, inside, unknown
 from dq.memory import give_back
@@ -358,6 +359,8 @@ def detach(model: Any) -> None:
 def enter() -> None:
     """Write the quantizer and its config into the mappings of the libraries that are loaded.
 
+    The attention backend too.
+
     Raises:
         DQError: If another package has taken the name.
     """
@@ -370,6 +373,7 @@ def enter() -> None:
                     raise DQError(
                         f"quantization method 'dq' is taken by {known}; uninstall that package"
                     )
+    dispatcher.register()
 
 
 _MAPPINGS: dict[str, dict[str, type]] = {
