@@ -5,6 +5,7 @@ A faster attention, or one that a plan changes: operands of few bits, tokens in 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,15 +18,20 @@ from torch.nn import functional as F
 from dq.attention_spec import AttentionSpec
 from dq.errors import DQError
 from dq.kernels.attention import attention, serves
-from dq.kernels.block_sparse import FLOAT, Operands, block_sparse_attention
-from dq.kernels.live_blocks import LiveBlocks
+from dq.kernels.block_sparse import (
+    FLOAT,
+    Operands,
+    attend_by_group,
+    block_sparse_attention,
+    ordered_attention,
+)
 from dq.nn.operands import quantized_attention
-from dq.nn.stepwise import spread_rows
 from dq.nn.token_site import TokenSite
 
 __all__ = [
     "Pair",
     "changed",
+    "current",
     "dispatch_attention_fn",
     "formats_by_block",
     "scaled_dot_product_attention",
@@ -129,24 +135,30 @@ def _pair(attend: Plain, what: str) -> Pair:
     return torch_like, diffusers_like
 
 
-def changed(spec: AttentionSpec, site: TokenSite | None) -> Pair:
+class _Current(threading.local):
+    """Whose attention this thread is computing: code of diffusers passes on q, k and v alone."""
+
+    site: TokenSite | None = None
+
+
+current = _Current()
+
+
+def changed(spec: AttentionSpec) -> Pair:
     """Return both functions of an attention that a plan changes.
 
-    Args:
-        spec: How.
-        site: Where tokens go and which blocks count, where the spec has tokens.
+    Where the spec has ordered tokens, `current` says which attention it is.
     """
-    if site is None:
+    if spec.tokens is None:
         return _pair(
             lambda q, k, v, scale, mask: quantized_attention(q, k, v, scale, spec, mask),
             "quantized operands",
         )
-    return _pair(partial(_ordered, spec, site), "ordered tokens")
+    return _pair(partial(_ordered, spec), "ordered tokens")
 
 
 def _ordered(
     spec: AttentionSpec,
-    site: TokenSite,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -156,25 +168,23 @@ def _ordered(
     """Compute an attention with ordered tokens, the rows of each step group with their masks."""
     if mask is not None:
         raise DQError("attention with ordered tokens takes no mask: its blocks are chosen by one")
+    site = current.site
+    assert site is not None  # a processor has said
     site.check(q, k)
-    group = site.group()
-    if isinstance(group, int):
-        return _blocks(spec, q, k, v, scale, site.live(group))
-    rows = spread_rows(group, len(q))
-    out = torch.empty_like(q)
-    for each in rows.unique().tolist():
-        mine = rows == each
-        out[mine] = _blocks(spec, q[mine], k[mine], v[mine], scale, site.live(each))
-    return out
+    group, by_token = site.group(), spec.has_operands and not spec.by_block
+    if torch.compiler.is_compiling() and not by_token:
+        stored = site.token_order, site.block_mask
+        formats = formats_by_block(spec)
+        return ordered_attention(q, k, v, scale, *stored, group, site.text, formats)
 
-
-def _blocks(
-    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks
-) -> Tensor:
-    if spec.has_operands and not spec.by_block:
+    def attend(q: Tensor, k: Tensor, v: Tensor, group: int) -> Tensor:
+        blocks = site.live(group)
+        if not by_token:
+            return block_sparse_attention(q, k, v, scale, blocks, formats_by_block(spec))
         moved = blocks.moved(q), blocks.moved(k), blocks.moved(v)
         return blocks.restored(quantized_attention(*moved, scale, spec, blocks.mask))
-    return block_sparse_attention(q, k, v, scale, blocks, formats_by_block(spec))
+
+    return attend_by_group(q, k, v, group, attend)
 
 
 def formats_by_block(spec: AttentionSpec) -> Operands:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from dq.attention.functions import (
     Pair,
     changed,
+    current,
     dispatch_attention_fn,
     formats_by_block,
     scaled_dot_product_attention,
@@ -68,36 +69,21 @@ def _names(pair: Pair) -> dict[str, Any]:
     return {"F": _functional(torch_like), "dispatch_attention_fn": diffusers_like}
 
 
-def _rebuilt(
-    kind: type,
-    state: dict[str, Any],
-    spec: AttentionSpec | None = None,
-    site: TokenSite | None = None,
-) -> Any:
+def _rebuilt(kind: type, state: dict[str, Any], spec: AttentionSpec | None = None) -> Any:
     """Make a processor again from what a pickle or a copy knows of it."""
-    made: Any = object.__new__(_changed(kind, spec, site) or kind)
+    made: Any = object.__new__(_changed(kind, spec) or kind)
     made.__dict__.update(state)
     return made
 
 
-def _changed(kind: type, spec: AttentionSpec | None, site: TokenSite | None) -> type | None:
-    """Return a subclass of a processor class whose code finds our attention, or None."""
-    if site is None:
-        return _shared(kind, spec)
-    assert spec is not None  # sites have one
-    return _subclass(kind, changed(spec, site), spec, site)
-
-
 @functools.cache
-def _shared(kind: type, spec: AttentionSpec | None) -> type | None:
-    """Return the subclass for all sites without a state of their own."""
+def _changed(kind: type, spec: AttentionSpec | None) -> type | None:
+    """Return a subclass of a processor class whose code finds our attention, or None."""
     pair = (scaled_dot_product_attention, dispatch_attention_fn)
-    return _subclass(kind, pair if spec is None else changed(spec, None), spec, None)
+    return _subclass(kind, pair if spec is None else changed(spec), spec)
 
 
-def _subclass(
-    kind: type, pair: Pair, spec: AttentionSpec | None, site: TokenSite | None
-) -> type | None:
+def _subclass(kind: type, pair: Pair, spec: AttentionSpec | None) -> type | None:
     call = inspect.getattr_static(kind, "__call__", None)
     if not isinstance(call, FunctionType) or issubclass(kind, nn.Module):
         return None
@@ -113,16 +99,30 @@ def _subclass(
     del names["__name__"]  # torch.compile would look the names up in the module that is called so
     made = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     made.__kwdefaults__, made.__module__ = call.__kwdefaults__, call.__module__
-    made.__signature__ = inspect.signature(call)  # type: ignore[attr-defined] # read at every call
+    ordered = spec is not None and spec.tokens is not None
+    called: Any = _with_site(made) if ordered else made
+    called.__signature__ = inspect.signature(call)  # read at every call
     body = {
-        "__call__": made,
+        "__call__": called,
         "__module__": kind.__module__,
-        "__reduce__": lambda self: (_rebuilt, (kind, self.__dict__, spec, site)),
+        "__reduce__": lambda self: (_rebuilt, (kind, self.__dict__, spec)),
         "_dq_original": kind,
         "_dq_spec": spec,
-        "_dq_site": site,
     }
     return type(kind.__name__, (kind,), body)
+
+
+def _with_site(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a processor's code that lets its attention function know what is stored for it."""
+
+    def called(self: Any, *args: Any, **options: Any) -> Tensor:
+        before, current.site = current.site, self.dq_site
+        try:
+            return call(self, *args, **options)
+        finally:
+            current.site = before
+
+    return called
 
 
 def sites(model: nn.Module) -> tuple[str, ...]:
@@ -142,7 +142,7 @@ def _original(module: nn.Module) -> type:
 
 def _reachable(module: nn.Module) -> bool:
     there = getattr(module, "processor", None) is not None
-    return there and _shared(_original(module), None) is not None
+    return there and _changed(_original(module), None) is not None
 
 
 def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyType({})) -> int:
@@ -278,7 +278,7 @@ def _others(model: nn.Module, pairs: Mapping[str, Pair | None]) -> Iterator[None
         before[name] = module.processor
         _take_back(module)
         if pair is not None:
-            kind = _subclass(_original(module), pair, None, None)
+            kind = _subclass(_original(module), pair, None)
             assert kind is not None  # the caller has asked for what can be changed
             made: Any = object.__new__(kind)
             made.__dict__.update(vars(module.processor))
@@ -295,10 +295,17 @@ def _give(module: Any, spec: AttentionSpec | None) -> bool:
     processor = module.processor
     kind = getattr(processor, "_dq_original", None)
     site = getattr(module, SITE) if spec is not None and spec.tokens is not None else None
-    if kind is not None and processor._dq_spec == spec and processor._dq_site is site:
+    same = kind is not None and processor._dq_spec == spec
+    if same and getattr(processor, "dq_site", None) is site:
         return False
-    module.processor = _rebuilt(kind or type(processor), dict(vars(processor)), spec, site)
+    state = {**_own_state(processor), **({} if site is None else {"dq_site": site})}
+    module.processor = _rebuilt(kind or type(processor), state, spec)
     return True
+
+
+def _own_state(processor: Any) -> dict[str, Any]:
+    """Return what a processor knows, without what was given to it here."""
+    return {name: value for name, value in vars(processor).items() if name != "dq_site"}
 
 
 def _take_back(module: Any) -> None:
@@ -306,7 +313,7 @@ def _take_back(module: Any) -> None:
     original = getattr(module.processor, "_dq_original", None)
     if original is not None:
         made = object.__new__(original)
-        made.__dict__.update(vars(module.processor))
+        made.__dict__.update(_own_state(module.processor))
         module.processor = made
 
 

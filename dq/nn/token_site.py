@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dq.errors import DQError
+from dq.kernels.block_sparse import live_blocks
 from dq.kernels.live_blocks import LiveBlocks
 from dq.nn.steps import Steps
-from dq.packing import pack, unpack
+from dq.packing import pack
 from dq.tokens.spec import TokenSpec
 
 __all__ = ["SITE", "TOKEN_TENSORS", "Chosen", "TokenSite"]
@@ -50,6 +52,7 @@ class TokenSite(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.text = json.dumps(spec.to_dict())  # for graphs
         self.steps: Steps | None = None
         self._ready: dict[tuple[Any, ...], LiveBlocks] = {}
         orders = torch.empty(spec.heads, dtype=torch.uint8, device=device)
@@ -72,9 +75,7 @@ class TokenSite(nn.Module):
 
     def masks(self) -> Tensor:
         """Return the masks of image queries and image keys, `(G, H, q, k)` bool."""
-        queries, keys = self.spec.image_blocks
-        bits = unpack(self.block_mask, 1, queries * keys)
-        return bits.bool().unflatten(-1, (queries, keys))
+        return self.spec.unpacked(self.block_mask)
 
     def live(self, group: int = 0) -> LiveBlocks:
         """Return order and mask of a step group; kept until they change or move."""
@@ -85,19 +86,9 @@ class TokenSite(nn.Module):
             self.token_order._version,
         )
         if key not in self._ready:
-            self._ready = {key: self._made(group)}  # the last one only: steps come in order
+            made = live_blocks(self.spec, self.token_order, self.block_mask, group)
+            self._ready = {key: made}  # the last one only: steps come in order
         return self._ready[key]
-
-    def _made(self, group: int) -> LiveBlocks:
-        tables = torch.stack([self.spec.table(order) for order in self.spec.orders])
-        table = tables.to(self.token_order.device)[self.token_order.long()].contiguous()
-        queries, keys = self.spec.blocks
-        live = torch.ones(
-            self.spec.heads, queries, keys, dtype=torch.bool, device=self.block_mask.device
-        )
-        image_queries, image_keys = self.spec.image_blocks
-        live[:, :image_queries, :image_keys] = self.masks()[group]
-        return LiveBlocks(table, live, self.spec.block)
 
     def density(self) -> float:
         """Return the share of the blocks that is computed, those of text among them."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from dq.errors import DQError, unknown
-from dq.packing import packed_length
+from dq.packing import packed_length, unpack
 from dq.tokens.layout import TokenLayout
 from dq.tokens.orders import places
 
@@ -78,6 +78,11 @@ class TokenSpec:
         """Shape of the packed masks: groups, heads, bytes."""
         queries, keys = self.image_blocks
         return max(len(self.groups), 1), self.heads, packed_length(queries * keys, 1)
+
+    def unpacked(self, masks: Tensor) -> Tensor:
+        """Return stored masks `(..., bytes)` uint8 as `(..., q, k)` bool, of the image's blocks."""
+        queries, keys = self.image_blocks
+        return unpack(masks, 1, queries * keys).bool().unflatten(-1, (queries, keys))
 
     def bytes(self) -> int:
         """Return the bytes of orders and masks."""

@@ -25,6 +25,7 @@ from dq.methods.ptq import PTQ
 from dq.pipelines.footprint import footprint
 from dq.plan import Plan
 from dq.recipe import Recipe
+from dq.runtime import compile_blocks
 from tests.models import MODELS, VIDEOS
 from tests.packed import relative_error, same_state
 from tests.sources import Samples
@@ -223,3 +224,14 @@ def test_recipes_go_together_with_a_plus() -> None:
     assert both.name == "mixdq-w4a8+paro-30-b16"
     with pytest.raises(DQError, match="unknown recipe 'paro-x'"):
         Recipe.get("mixdq-w4a8+paro-x")
+
+
+def test_many_blocks_compile_into_one_graph_with_masks_of_their_own() -> None:
+    torch.manual_seed(0)
+    model: Any = type(network("dit64"))(**{**network("dit64").config, "num_layers": 11}).eval()
+    plan = quantize(model, Recipe("t", (PARO(0.4, (8,), groups=2),), SMALL), Steps(model))
+    assert len(plan.attention) == 11
+    with torch.no_grad():
+        expected = run(model, inputs(model))
+        assert compile_blocks(model, backend="eager", fullgraph=True) == 11
+        torch.testing.assert_close(run(model, inputs(model)), expected, rtol=1e-4, atol=1e-5)

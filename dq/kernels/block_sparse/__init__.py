@@ -5,6 +5,17 @@ operands do.
 """
 
 from dq.kernels.block_sparse.choice import block_sparse_attention, path
+from dq.kernels.block_sparse.op import attend_by_group, live_blocks, ordered_attention
 from dq.kernels.block_sparse.way import FLOAT, Operands, Way, ways
 
-__all__ = ["FLOAT", "Operands", "Way", "block_sparse_attention", "path", "ways"]
+__all__ = [
+    "FLOAT",
+    "Operands",
+    "Way",
+    "attend_by_group",
+    "block_sparse_attention",
+    "live_blocks",
+    "ordered_attention",
+    "path",
+    "ways",
+]
