@@ -195,25 +195,26 @@ def formats_by_block(spec: AttentionSpec) -> Operands:
     return Operands(*(None if part is None else part.format for part in parts))
 
 
-def watched(seen: Callable[[Tensor, Tensor, float], None]) -> Pair:
-    """Return both original functions, which tell somebody of queries and keys before they begin.
+def watched(seen: Callable[[Tensor, Tensor, Tensor, float], None]) -> Pair:
+    """Return both original functions, which tell somebody of their operands before they begin.
 
     Args:
-        seen: Is given q and k, `(B, H, N, D)` and `(B, H, M, D)`, and the scale.
+        seen: Is given q, k and v, `(B, H, N, D)` and `(B, H, M, D)` the others, and the scale.
     """
 
-    def tell(q: Tensor, k: Tensor, named: dict[str, Any]) -> None:
+    def tell(q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any]) -> None:
         scale = named.get("scale")
-        seen(q.detach(), k.detach(), float(q.shape[-1] ** -0.5 if scale is None else scale))
+        factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+        seen(q.detach(), k.detach(), v.detach(), factor)
 
     def torch_like(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
-        tell(query, key, named)
+        tell(query, key, value, named)
         return F.scaled_dot_product_attention(query, key, value, *rest, **named)
 
     def diffusers_like(
         query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
     ) -> Tensor:
-        tell(query.transpose(1, 2), key.transpose(1, 2), named)
+        tell(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), named)
         return attention_dispatch.dispatch_attention_fn(query, key, value, *rest, **named)
 
     return torch_like, diffusers_like

@@ -255,14 +255,17 @@ def exact(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tapped(
-    model: nn.Module, names: Iterable[str], seen: Callable[[str, Tensor, Tensor, float], None]
+    model: nn.Module,
+    names: Iterable[str],
+    seen: Callable[[str, Tensor, Tensor, Tensor, float], None],
 ) -> Iterator[None]:
     """While active, attentions are as diffusers has made them, and say what they are given.
 
     Args:
         model: The denoiser.
         names: Of the attentions.
-        seen: Is told the name, q and k, `(B, H, N, D)` and `(B, H, M, D)`, and the scale.
+        seen: Is told the name, q, k and v, `(B, H, N, D)` and `(B, H, M, D)` the others, and the
+            scale.
     """
     pairs = {name: watched(functools.partial(seen, name)) for name in names}
     with _others(model, pairs):

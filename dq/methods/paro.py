@@ -152,7 +152,7 @@ class PARO(Method):
         layouts = {x.tokens: x for x in job.family.layouts(job.model, _bound(job, call))}
         seen: dict[str, tuple[int, int]] = {}
 
-        def see(name: str, q: Tensor, k: Tensor, scale: float) -> None:
+        def see(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
             seen[name] = q.shape[2], k.shape[2]
 
         with full_precision(job.model), attention.tapped(job.model, known, see):
@@ -178,7 +178,7 @@ class PARO(Method):
         }
         with full_precision(job.model), noted(job.model) as steps:
 
-            def see(name: str, q: Tensor, k: Tensor, scale: float) -> None:
+            def see(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
                 rows = torch.linspace(0, len(q) - 1, min(self.maps, len(q))).long().unique()
                 group = steps.nearest(groups) if groups else 0
                 for row in rows.tolist():

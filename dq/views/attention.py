@@ -19,12 +19,20 @@ from dq.errors import DQError
 from dq.eval.grid import grid
 from dq.eval.report import Page
 from dq.full_precision import full_precision
+from dq.kernels.block_sparse import Operands, ways
 from dq.kernels.live_blocks import LiveBlocks
 from dq.nn.token_site import TokenSite
 from dq.pipelines.draw import PipelineSource
+from dq.tokens.orders import natural as natural_order
 
 __all__ = ["SiteView", "run"]
 
+_FORMATS = {
+    "q k int8": Operands("int8"),
+    "q k int8, p uint7 v int8": Operands("int8", "int8", "uint7"),
+    "q k int8, p v e4m3": Operands("int8", "e4m3", "e4m3"),
+    "q k int4, p uint4 v int4": Operands("int4", "int4", "uint4"),
+}
 _EDGE = 192  # pixels of a map
 _TINT = torch.tensor([1.0, 0.8, 0.8])  # of blocks that are left out
 _BRIGHT = 0.995  # quantile of a map that is drawn black
@@ -42,6 +50,8 @@ class SiteView:
             shown.
         kept: Share of the probabilities that lies in them, likewise, in the call that is shown.
         maps: Of the heads that are shown: number and order, natural and ordered picture.
+        errors: Relative L1 error of the output with operands rounded by block, nothing left out, by
+            format: in natural order, and in that of each head.
     """
 
     name: str
@@ -50,10 +60,16 @@ class SiteView:
     density: tuple[float, ...]
     kept: tuple[float, ...]
     maps: tuple[tuple[str, Image.Image, Image.Image], ...]
+    errors: dict[str, tuple[float, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, without pictures."""
         return {k: v for k, v in vars(self).items() if k != "maps"}
+
+    def error_row(self) -> dict[str, object]:
+        """Return the line of the table of errors."""
+        words = {n: f"{100 * a:.2f} | {100 * b:.2f}" for n, (a, b) in self.errors.items()}
+        return {"attention": self.name, **words}
 
     def row(self) -> dict[str, object]:
         """Return the line of a table."""
@@ -108,9 +124,11 @@ def run(
     calls = [call for batch in calibration.batches() for call in batch]
     views: dict[str, SiteView] = {}
 
-    def see(name: str, q: Tensor, k: Tensor, scale: float) -> None:
-        map = (q[-1].float() @ k[-1].float().mT * scale).softmax(-1)
-        views[name] = _view(name, sites[name], map, heads)
+    def see(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+        last = q[-1:].float(), k[-1:].float(), v[-1:].float()
+        map = (last[0][0] @ last[1][0].mT * scale).softmax(-1)
+        errors = _errors(sites[name], *last, scale)
+        views[name] = _view(name, sites[name], map, heads, errors)
 
     with full_precision(model), attention.tapped(model, sites, see):
         next(iter(calibration.replay([calls[len(calls) // 2]])))
@@ -119,7 +137,27 @@ def run(
     return shown
 
 
-def _view(name: str, site: TokenSite, map: Tensor, heads: int) -> SiteView:
+def _errors(
+    site: TokenSite, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> dict[str, tuple[float, float]]:
+    """Return the relative L1 error of rounded operands, all blocks, natural and ordered."""
+    blocks = site.live()
+    every = torch.ones_like(blocks.live)
+    natural = site.spec.table(natural_order(site.spec.layout.grid)).to(blocks.table.device)
+    tables = natural.expand_as(blocks.table).contiguous(), blocks.table
+    orders = [LiveBlocks(table, every, site.spec.block) for table in tables]
+    exact = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    found = {}
+    for words, operands in _FORMATS.items():
+        made = (ways["by-block"].run(q, k, v, scale, order, operands) for order in orders)
+        one, other = (float((y - exact).abs().sum() / exact.abs().sum()) for y in made)
+        found[words] = one, other
+    return found
+
+
+def _view(
+    name: str, site: TokenSite, map: Tensor, heads: int, errors: dict[str, tuple[float, float]]
+) -> SiteView:
     """Look at the map of one attention, `(H, N, N)`, as the masks of its step group see it."""
     group = site.group() if site.steps is not None else 0
     blocks = site.live(group if isinstance(group, int) else int(group[-1]))
@@ -140,6 +178,7 @@ def _view(name: str, site: TokenSite, map: Tensor, heads: int) -> SiteView:
             (f"head {h}: {names[h]}", _picture(map[h]), _picture(ordered[h], mask[h]))
             for h in sorted(shown)
         ),
+        errors,
     )
 
 
@@ -169,6 +208,12 @@ def _write(model: str, views: Sequence[SiteView], output: Path) -> None:
         "where blocks are left out."
     )
     page.table([view.row() for view in views])
+    page.heading("Operands rounded by block")
+    page.text(
+        "Relative L1 error of each attention's output with all blocks computed, in the natural "
+        "order and in that of each head, in percent."
+    )
+    page.table([view.error_row() for view in views])
     for view in views:
         page.heading(f"{view.name}: {view.tokens}")
         rows = {
