@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from dq.bench import RandomModel, Report, run
+from dq.bench.attention import run as sparse_attention
 from dq.bench.models import RANDOM_MODELS, Checkpoint, subject
 from dq.bench.peers import PEERS, peers
 from dq.bench.plot import plot
@@ -247,3 +248,14 @@ def test_noise_covers_the_schedule() -> None:
 def test_wrong_arguments(wrong: dict[str, object]) -> None:
     with pytest.raises(DQError):
         run((TINY,), **wrong)  # type: ignore[arg-type]
+
+
+def test_block_sparse_attention_is_timed_beside_dense() -> None:
+    report = sparse_attention(128, 2, 16, densities=(0.5,), repeats=2)
+    names = set(report.times)
+    assert {"bfloat16 sdpa", "float32 sdpa", "float32 gathered @ 0.5"} <= names
+    assert not any("by-block" in name for name in names)
+    assert json.loads(json.dumps(report.to_dict()))["shape"] == [1, 2, 128, 16]
+    lines = str(report).splitlines()
+    dense = next(line for line in lines if line.startswith("float32 sdpa"))
+    assert dense.split()[3] == "1.00"

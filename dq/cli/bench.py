@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dq.cli.options import AsJson, Device, Seed, print_json
+from dq.cli.options import AsJson, Device, Seed, numbers, print_json
 
 __all__ = ["bench"]
 
@@ -33,6 +33,15 @@ def bench(
     whole: Annotated[
         int, typer.Option("--steps", help="measure whole pipelines of so many steps instead")
     ] = 0,
+    attention: Annotated[
+        int, typer.Option(help="measure block-sparse attention of so many tokens instead")
+    ] = 0,
+    heads: Annotated[int, typer.Option(help="of that attention")] = 8,
+    depth: Annotated[int, typer.Option(help="features of a head")] = 64,
+    densities: Annotated[str, typer.Option(help="shares of its blocks")] = "0.5,0.3,0.2",
+    way: Annotated[
+        list[str] | None, typer.Option(help="to compute it, such as flex; may repeat")
+    ] = None,
     profile: Annotated[bool, typer.Option(help="print the time of each operator")] = False,
     plot: Annotated[Path | None, typer.Option(help="picture to draw, e.g. bench.png")] = None,
     output: Annotated[
@@ -44,6 +53,14 @@ def bench(
 
     Without --model: a UNet of 51 M and a DiT of 85 M parameters with random weights.
     """
+    if attention:
+        from dq.bench.attention import run as run_attention
+
+        shares = numbers(densities)
+        shape = attention, heads, depth, batch
+        found = run_attention(*shape, shares, 64, threads, repeats, device, way or ())
+        print_json(found.to_dict()) if as_json else print(found)
+        return
     from dq.bench import MODELS, RECIPES, run
     from dq.bench.plot import plot as draw
 

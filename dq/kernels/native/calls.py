@@ -33,6 +33,17 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of activations; as in common.h
 _Strides = ctypes.c_int64 * 3
 _int, _long, _float, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
+_ATTENTION: tuple[type[Any], ...] = (
+    *[_at] * 4,
+    *[_Strides] * 4,
+    *[_long] * 5,
+    _float,
+    _at,
+    *[_long] * 3,
+    _at,
+    _at,
+)
+
 # Types of the arguments, as the sources declare them.
 _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
     "quantize_rows": (_at, _int, _long, _long, _long, _float, _int, _int, _at),
@@ -61,16 +72,8 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
         _at,
         _at,
     ),
-    "attention": (
-        *[_at] * 4,
-        *[_Strides] * 4,
-        *[_long] * 5,
-        _float,
-        _at,
-        *[_long] * 3,
-        _at,
-        _at,
-    ),
+    "attention": _ATTENTION,
+    "attention_float": _ATTENTION,
     "group_norm": (_at, _int, _long, _long, _long, _long, _float, _at, _at, _at),
     "has_attention": (),
 }
@@ -225,10 +228,12 @@ def linear_rows(x: Tensor, a: Arguments, affine: Affine | None, bias: Tensor) ->
     return y
 
 
-def has_attention() -> bool:
-    """Whether the library can compute `attention`: it needs AVX512-BF16."""
+def has_attention(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the library can compute `attention`: in bfloat16 it needs AVX512-BF16."""
     found = library()
-    return found is not None and bool(_function("has_attention")())
+    if found is None or dtype not in DTYPES:
+        return False
+    return dtype == torch.float32 or bool(_function("has_attention")())
 
 
 def attention(
@@ -237,21 +242,21 @@ def attention(
     """Return `softmax(scale * q k^T) v`.
 
     Args:
-        q: `(B, H, N, D)` bfloat16 in any layout whose features lie side by side.
-        k: `(B, H, M, D)` likewise.
+        q: `(B, H, N, D)` bfloat16 or float32, in any layout whose features lie side by side.
+        k: `(B, H, M, D)` likewise, of that dtype.
         v: `(B, H, M, D)` likewise.
         scale: Positive.
         blocks: Order of the tokens, and which blocks count: of places and keys that are multiples
             of 32, queries of 8. None for all.
 
     Returns:
-        `(B, H, N, D)` bfloat16; the heads of a token lie side by side.
+        `(B, H, N, D)` of that dtype; the heads of a token lie side by side.
 
     Raises:
         MemoryError: If there is none.
     """
     batch, heads, tokens, depth = q.shape
-    out = torch.empty(batch, tokens, heads, depth, dtype=torch.bfloat16).transpose(1, 2)
+    out = torch.empty(batch, tokens, heads, depth, dtype=q.dtype).transpose(1, 2)
     sparse: tuple[int, ...] = (0,) * 6
     if blocks is not None:
         table, (counts, numbers) = blocks.table, blocks.lists
@@ -259,7 +264,7 @@ def attention(
             table.data_ptr(), table.shape[1], *blocks.block, counts.data_ptr(), numbers.data_ptr()
         )  # fmt: skip
     _call(
-        "attention",
+        "attention" if q.dtype == torch.bfloat16 else "attention_float",
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
         *(_Strides(*t.stride()[:3]) for t in (q, k, v, out)),
         batch, heads, tokens, k.shape[2], depth, scale, *sparse,
