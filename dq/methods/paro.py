@@ -236,7 +236,9 @@ class PARO(Method):
         every = sum(stored[f"{name}.masks"].numel() for name in sites)
         words = ", ".join(f"{count} {word}" for word, count in sorted(names.items()))
         share = f"{100 * kept / every:.0f} % of the image's blocks"
-        said = f"{len(sites)} attentions, {share}; orders of heads: {words}"
+        others = sum(hasattr(module, "processor") for module in job.model.modules()) - len(sites)
+        left = f"; {others} other attentions are left as they are" if others else ""
+        said = f"{len(sites)} attentions, {share}; orders of heads: {words}{left}"
         return {**job.plan.notes, "paro": said}
 
 

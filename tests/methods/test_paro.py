@@ -108,6 +108,7 @@ def test_cross_attention_is_left_alone() -> None:
     _, plan = made("pixart64", PARO(0.5, (8,)))
     assert plan.attention
     assert all(name.endswith("attn1") for name in plan.attention)
+    assert plan.notes["paro"].endswith("; 2 other attentions are left as they are")
 
 
 def test_the_first_attentions_may_stay_whole() -> None:
