@@ -57,6 +57,12 @@ class Recipe:
         steps = tuple(step for part in parts for step in part.steps)
         return cls(str(asked), steps, parts[0].calibration)
 
+    @staticmethod
+    def is_name(text: str) -> bool:
+        """Whether a text is the name of a recipe, or of several with "+" between them."""
+        patterns = [template.pattern for _, template in templates.items()]
+        return all(any(re.fullmatch(p, part) for p in patterns) for part in text.split("+"))
+
     @classmethod
     def _named(cls, name: str) -> Recipe:
         for _, template in templates.items():

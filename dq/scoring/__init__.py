@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from dq.eval.score import DISTANCES, Scores, Side, check_metrics, score
 from dq.pipelines.draw import default_prompts, repeated
 from dq.pipelines.gallery import Gallery, Settings
 from dq.pipelines.pipeline import DQPipeline, resolve
-from dq.recipe import Recipe, templates
+from dq.recipe import Recipe
 from dq.scoring.page import write_page
 from dq.scoring.replay import captured, outputs
 from dq.scoring.report import FULL, Candidate, Report
@@ -95,6 +94,7 @@ def run(
     """
     if count < 2:
         raise DQError(f"-n {count}: scores need at least 2 images")
+    _check_models(models)
     extractor, clip = _scorers(asked)
     pipe = DQPipeline.from_pretrained(against, dtype=asked.dtype).to(asked.device)
     words = repeated(prompts or default_prompts(pipe), count)
@@ -241,9 +241,14 @@ def _is_recipe(model: str) -> bool:
     """Whether a name means a recipe and not a checkpoint."""
     if Path(model).is_dir() or model in checkpoints.names():
         return False
-    return Path(model).suffix in (".yaml", ".yml", ".json") or any(
-        re.fullmatch(template.pattern, model) for _, template in templates.items()
-    )
+    return Path(model).suffix in (".yaml", ".yml", ".json") or Recipe.is_name(model)
+
+
+def _check_models(models: Sequence[str]) -> None:
+    """Refuse names that mean nothing before anything is drawn; those with a slash may be hubs'."""
+    for model in models:
+        if not (_is_recipe(model) or _is_pipeline(model) or "/" in model or Path(model).exists()):
+            Recipe.get(model)  # says which it may have meant
 
 
 def _per_image(gallery: Gallery) -> float:

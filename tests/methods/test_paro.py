@@ -223,6 +223,8 @@ def test_recipes_go_together_with_a_plus() -> None:
     assert both.steps == (*first.steps, *second.steps)
     assert both.calibration == first.calibration
     assert both.name == "mixdq-w4a8+paro-30-b16"
+    assert Recipe.is_name(both.name)
+    assert not Recipe.is_name("mixdq-w4a8+paro")
     with pytest.raises(DQError, match="unknown recipe 'paro-x'"):
         Recipe.get("mixdq-w4a8+paro-x")
 
