@@ -126,6 +126,13 @@ def test_mistakes_are_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_name_that_means_nothing_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    done = dq("eval", "w8a8", "paro-5o", "--against", "emoji-unet", *FAST, "-o", tmp_path / "out")
+    assert done.returncode == 2
+    assert "unknown recipe 'paro-5o'. Did you mean 'paro-50'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_grids_take_a_difference_row() -> None:
     image = Image.new("RGB", (8, 8))
     assert grid({"a": [image], "b": [image], "c": [image]}, ["x"]).height > 3 * 128
