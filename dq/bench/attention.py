@@ -23,7 +23,7 @@ __all__ = ["SparseReport", "run"]
 
 _OPERANDS = (FLOAT, Operands("int8"), Operands("int8", "int8", "uint7"),
              Operands("int8", "e4m3", "e4m3"))  # fmt: skip
-_LEFT_OUT = ("sdpa", "by-block")  # references: they save nothing
+_LEFT_OUT = ("sdpa", "by-block", "dense")  # they save nothing
 _DENSE = "sdpa"
 
 

@@ -43,6 +43,11 @@ class LiveBlocks:
         return counts, (~self.live).int().argsort(stable=True, dim=-1).int().contiguous()
 
     @cached_property
+    def whole(self) -> bool:
+        """Whether every block is live."""
+        return bool(self.live.all())
+
+    @cached_property
     def gather(self) -> Tensor:
         """Which token is read for each place, `(H, L)` int64; any where there is none."""
         return self.table.clamp_min(0).long()

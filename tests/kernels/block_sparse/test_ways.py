@@ -14,9 +14,8 @@ from dq.tokens import TokenLayout
 from tests.kernels.block_sparse.cases import operands, sparse
 
 # Flex compiles each shape for seconds: it has tests of its own.
-each = pytest.mark.parametrize(
-    "name", [n for n, way in ways.items() if "cpu" in way.devices and n != "flex"]
-)
+NAMES = [n for n, way in ways.items() if "cpu" in way.devices and n not in ("flex", "dense")]
+each = pytest.mark.parametrize("name", NAMES)
 LAYOUTS = [
     TokenLayout((8, 8)),
     TokenLayout((7, 9), 5),
@@ -75,7 +74,7 @@ def test_every_depth_of_heads(name: str, depth: int, dtype: torch.dtype) -> None
     torch.testing.assert_close(made.double(), wanted, rtol=0, atol=TOLERANCE[dtype])
 
 
-@each
+@pytest.mark.parametrize("name", [*NAMES, "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_with_every_block_it_is_plain_attention(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
