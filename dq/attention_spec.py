@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from dq.errors import DQError, unknown
+from dq.errors import DQError, check_known
 from dq.formats import FloatFormat
 from dq.spec import TensorSpec
 from dq.tokens.spec import TokenSpec
@@ -87,9 +87,7 @@ class AttentionSpec:
             DQError: For an unknown key, or a value that does not fit.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown("key of an attention spec", key, known)
+        check_known("key of an attention spec", values, known)
         read = {n: TensorSpec.from_dict(spec) for n, spec in values.items() if n != "tokens"}
         tokens = TokenSpec.from_dict(values["tokens"]) if "tokens" in values else None
         return cls(**read, tokens=tokens)

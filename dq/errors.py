@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["DQError", "inside", "unknown"]
+__all__ = ["DQError", "check_known", "inside", "unknown"]
 
 _MOST_NAMES = 24
 
@@ -36,6 +36,23 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> DQError:
     shown = ", ".join(names[:_MOST_NAMES]) or "none"
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return DQError(f"unknown {kind} {name!r}.{hint} Known: {shown}{more}.")
+
+
+def check_known(kind: str, names: Iterable[object], known: Iterable[str]) -> None:
+    """Refuse the first of some names that is not known.
+
+    Args:
+        kind: What is looked up; see `unknown`.
+        names: That were asked for.
+        known: All valid names.
+
+    Raises:
+        DQError: If one is not among them.
+    """
+    valid = tuple(known)
+    for name in names:
+        if name not in valid:
+            raise unknown(kind, name, valid)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.errors import DQError, unknown
+from dq.errors import DQError, check_known, unknown
 from dq.registry import Registry
 from dq.tokens.layout import TokenLayout
 
@@ -137,9 +137,7 @@ def check_roles(roles: Iterable[str]) -> None:
     Raises:
         DQError: If one of them is no role.
     """
-    for role in roles:
-        if role not in tuple(Role):
-            raise unknown("role", role, tuple(Role))
+    check_known("role", roles, tuple(Role))
 
 
 families: Registry[Family] = Registry("family", home="dq.pipelines")

@@ -27,7 +27,7 @@ from dq import attention, checksum, runtime
 from dq.arrivals import Arrivals, leaf
 from dq.attention import dispatcher
 from dq.engine import decide
-from dq.errors import DQError, inside, unknown
+from dq.errors import DQError, check_known, inside
 from dq.memory import give_back
 from dq.nn import describe, empty_packed, packed_layers, unpack_model
 from dq.nn.packed import packed
@@ -81,9 +81,7 @@ class DQConfig(QuantizationConfigMixin):
     ) -> Any:
         """Invert `to_dict`."""
         values = {k: v for k, v in config_dict.items() if k != "quant_method"}
-        for key in values:
-            if key not in _KEYS:
-                raise unknown("key of quantization_config", key, _KEYS)
+        check_known("key of quantization_config", values, _KEYS)
         config = cls(**values)
         return (config, kwargs) if return_unused_kwargs else config
 

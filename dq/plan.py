@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, TypeVar
 
 from dq.attention_spec import AttentionSpec
-from dq.errors import DQError, inside, unknown
+from dq.errors import DQError, check_known, inside, unknown
 from dq.spec import TensorSpec
 from dq.transform import TransformSpec
 
@@ -187,9 +187,7 @@ class LayerSpec:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Invert `to_dict`."""
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown("key of a layer spec", key, known)
+        check_known("key of a layer spec", values, known)
         changed = values.get("transform")
         return cls(
             weight=TensorSpec.from_dict(values.get("weight", {})),
@@ -280,9 +278,7 @@ class Plan:
                 "it was written by another dq: pip install -U dq-diffusion"
             )
         known = ("version", "model", "specs", "layers", "notes", "attention")
-        for key in values:
-            if key not in known:
-                raise unknown("key of a plan", key, known)
+        check_known("key of a plan", values, known)
         for key in known[:4]:
             if key not in values:
                 raise DQError(f"the plan has no {key!r}")

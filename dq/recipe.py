@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from dq.calibrate import CalibrationSpec
-from dq.errors import DQError, inside, unknown
+from dq.errors import DQError, check_known, inside, unknown
 from dq.method import Method, methods
 from dq.registry import Registry
 
@@ -142,9 +142,7 @@ templates: Registry[Template] = Registry("recipe", home="dq.methods")
 
 
 def _check_keys(values: Mapping[str, Any], known: tuple[str, ...], what: str) -> None:
-    for key in values:
-        if key not in known:
-            raise unknown(f"key of the {what}", key, known)
+    check_known(f"key of the {what}", values, known)
 
 
 def _build(cls: type[T], values: Mapping[str, Any]) -> T:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from dq.block_formats import BLOCK_FORMATS, BlockFormat
-from dq.errors import DQError, unknown
+from dq.errors import DQError, check_known, unknown
 from dq.formats import FloatFormat, Format, IntFormat, PowerFormat, formats
 from dq.packing import packed_length
 
@@ -268,9 +268,7 @@ class TensorSpec:
             DQError: For an unknown or missing key, or a value that does not fit.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in names:
-                raise unknown("key of a tensor spec", key, names)
+        check_known("key of a tensor spec", values, names)
         for key in ("format", "granularity"):
             if key not in values:
                 raise DQError(f"a tensor spec needs the key {key!r}")

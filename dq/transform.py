@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dq.errors import DQError, unknown
+from dq.errors import DQError, check_known
 
 __all__ = ["NO_TRANSFORM", "Transform", "TransformSpec", "hadamard"]
 
@@ -57,9 +57,7 @@ class TransformSpec:
             DQError: For an unknown key, or parts that cannot be.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown("key of a transform", key, known)
+        check_known("key of a transform", values, known)
         return cls(**values)
 
     def __str__(self) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dq.distance import sqnr
-from dq.errors import DQError, unknown
+from dq.errors import DQError, check_known
 from dq.eval.clip import Clip
 from dq.eval.features import Extractor
 from dq.eval.frechet import Moments
@@ -96,9 +96,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
     Raises:
         DQError: Names the nearest, or the package.
     """
-    for name in metrics:
-        if name not in METRICS:
-            raise unknown("metric", name, METRICS)
+    check_known("metric", metrics, METRICS)
     if "lpips" in metrics:
         check_lpips()
 

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from dq.calibrate import CalibrationSpec
-from dq.errors import DQError, unknown
+from dq.errors import DQError, check_known
 from dq.pipelines.noised import caption_of, folder_files, noised
 from dq.pipelines.prompts import PROMPTS
 from dq.progress import track
@@ -142,9 +142,7 @@ def _condition(pipe: Any, prompts: list[str], output_type: str) -> dict[str, Any
     if not _takes(pipe, "class_labels"):
         raise DQError(f"{type(pipe).__name__} takes neither prompts nor class labels")
     classes = _classes(pipe)
-    for name in prompts:
-        if name not in classes:
-            raise unknown("class of this model", name, classes)
+    check_known("class of this model", prompts, classes)
     kind = "np" if output_type == "latent" else output_type  # DiTPipeline always decodes
     return {"class_labels": [classes[name] for name in prompts], "output_type": kind}
 

@@ -1,6 +1,6 @@
 import pytest
 
-from dq.errors import DQError, inside, unknown
+from dq.errors import DQError, check_known, inside, unknown
 
 
 def test_unknown_names_the_nearest_and_then_all() -> None:
@@ -34,3 +34,9 @@ def test_inside_keeps_the_cause() -> None:
 def test_inside_leaves_other_exceptions_alone() -> None:
     with pytest.raises(KeyError, match=r"^'x'$"), inside("file"):
         raise KeyError("x")
+
+
+def test_the_first_name_that_is_not_known_is_refused() -> None:
+    check_known("colour", ["red", "blue"], ["red", "blue", "green"])
+    with pytest.raises(DQError, match="Did you mean 'green'"):
+        check_known("colour", ["red", "gren", "bleu"], ["red", "blue", "green"])

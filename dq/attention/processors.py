@@ -31,7 +31,7 @@ from dq.attention.functions import (
     watched,
 )
 from dq.attention_spec import AttentionSpec
-from dq.errors import unknown
+from dq.errors import check_known
 from dq.kernels import block_sparse
 from dq.nn.steps import watch
 from dq.nn.token_site import SITE, Chosen, TokenSite
@@ -165,9 +165,7 @@ def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyT
 
 
 def _check(model: nn.Module, specs: Iterable[str], known: tuple[str, ...]) -> None:
-    for name in specs:
-        if name not in known:
-            raise unknown(f"attention of this {type(model).__name__}", name, known)
+    check_known(f"attention of this {type(model).__name__}", specs, known)
 
 
 def change(

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dq.errors import DQError, inside, unknown
+from dq.errors import DQError, check_known, inside
 from dq.family import quantizable
 from dq.nn.layers import Layer, constructor, describe
 from dq.nn.packed import PackedConv2d, PackedLinear, packed
@@ -61,9 +61,7 @@ def _planned(model: nn.Module, plan: Plan) -> list[tuple[str, Layer, LayerSpec]]
             "quantize this model with a recipe instead"
         )
     layers = quantizable(model)
-    for name in plan.layers:
-        if name not in layers:
-            raise unknown(f"layer of this {plan.model}, named by the plan:", name, layers)
+    check_known(f"layer of this {plan.model}, named by the plan:", plan.layers, layers)
     return [(name, layers[name], spec) for name, spec in plan.layers.items()]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from dq.errors import DQError, unknown
+from dq.errors import DQError, check_known
 from dq.packing import packed_length, unpack
 from dq.tokens.layout import TokenLayout
 from dq.tokens.orders import places
@@ -103,9 +103,7 @@ class TokenSpec:
             DQError: For an unknown key, or a value that does not fit.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise unknown("key of a token spec", key, known)
+        check_known("key of a token spec", values, known)
         layout = dict(values["layout"])
         return cls(
             TokenLayout(tuple(layout.pop("grid")), **layout),
