@@ -18,7 +18,7 @@ def _serves(q: Tensor, k: Tensor, v: Tensor, blocks: LiveBlocks, operands: Opera
         operands == FLOAT
         and all(x.dtype == q.dtype and x.stride(-1) == 1 for x in (q, k, v))
         and queries % 8 == 0
-        and keys % 32 == 0
+        and keys % 16 == 0
         and calls.has_attention(q.dtype)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
     )

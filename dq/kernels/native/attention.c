@@ -51,38 +51,28 @@ INLINE __m512bh pair(const uint16_t *at) { /* two neighbours, in every lane */
 
 INLINE __m512bh load(const uint32_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
 
-/* Scores of QUERIES queries and the keys of the blocks, side by side in rows of `row`; `top`: the
-   largest of each query, lane by lane. */
-INLINE void scores(operands n, blocks live, const uint16_t *q, float *s, int64_t row, __m512 *top) {
-  for (int i = 0; i < QUERIES; i++) top[i] = _mm512_set1_ps(-INFINITY);
-  for (int64_t which = 0; which < live.count; which++) {
-    int64_t first = live.list[which] * live.size;
-    float *to = s + which * live.size;
-    for (int64_t j = first; j < first + live.size; j += STEP, to += STEP) {
-      __m512 a[QUERIES], b[QUERIES];
-      for (int i = 0; i < QUERIES; i++) a[i] = b[i] = _mm512_setzero_ps();
-      const uint32_t *from = n.keys + j;
-      for (int64_t f = 0; f < n.even; f += 2, from += n.padded) {
-        __m512bh left = load(from), right = load(from + LANES);
-        for (int i = 0; i < QUERIES; i++) {
-          __m512bh query = pair(q + i * n.even + f);
-          a[i] = _mm512_dpbf16_ps(a[i], left, query);
-          b[i] = _mm512_dpbf16_ps(b[i], right, query);
-        }
-      }
-      uint16_t low = n.there[j / LANES], high = n.there[j / LANES + 1];
-      if ((low & high) != 0xffff) { /* what pads the keys must not be seen */
-        __m512 never = _mm512_set1_ps(-INFINITY);
-        for (int i = 0; i < QUERIES; i++) {
-          a[i] = _mm512_mask_blend_ps(low, never, a[i]);
-          b[i] = _mm512_mask_blend_ps(high, never, b[i]);
-        }
-      }
-      for (int i = 0; i < QUERIES; i++) {
-        _mm512_storeu_ps(to + i * row, a[i]);
-        _mm512_storeu_ps(to + i * row + LANES, b[i]);
-        top[i] = _mm512_max_ps(top[i], _mm512_max_ps(a[i], b[i]));
-      }
+/* Scores of QUERIES queries and LANES * tiles keys from `j` on, in rows of `row`; `top`: the largest
+   of each query, lane by lane. */
+INLINE void scores(operands n, int64_t j, int tiles, const uint16_t *q, float *s, int64_t row,
+                   __m512 *top) {
+  __m512 sum[2][QUERIES];
+  for (int i = 0; i < QUERIES; i++) sum[0][i] = sum[1][i] = _mm512_setzero_ps();
+  const uint32_t *from = n.keys + j;
+  for (int64_t f = 0; f < n.even; f += 2, from += n.padded) {
+    __m512bh left = load(from), right = tiles == 2 ? load(from + LANES) : left;
+    for (int i = 0; i < QUERIES; i++) {
+      __m512bh query = pair(q + i * n.even + f);
+      sum[0][i] = _mm512_dpbf16_ps(sum[0][i], left, query);
+      if (tiles == 2) sum[1][i] = _mm512_dpbf16_ps(sum[1][i], right, query);
+    }
+  }
+  for (int t = 0; t < tiles; t++) {
+    uint16_t there = n.there[j / LANES + t];
+    for (int i = 0; i < QUERIES; i++) {
+      if (there != 0xffff) /* what pads the keys must not be seen */
+        sum[t][i] = _mm512_mask_blend_ps(there, _mm512_set1_ps(-INFINITY), sum[t][i]);
+      _mm512_storeu_ps(s + i * row + t * LANES, sum[t][i]);
+      top[i] = _mm512_max_ps(top[i], sum[t][i]);
     }
   }
 }

@@ -61,32 +61,26 @@ INLINE vector masked(vector x, uint16_t there) {
 }
 
 /* See attention.c, as for all that follows. */
-INLINE void scores(operands n, blocks live, const float *q, float *s, int64_t row, vector *top) {
-  for (int i = 0; i < QUERIES; i++) top[i] = all(-INFINITY);
-  for (int64_t which = 0; which < live.count; which++) {
-    int64_t first = live.list[which] * live.size;
-    float *to = s + which * live.size;
-    for (int64_t j = first; j < first + live.size; j += STEP, to += STEP) {
-      vector a[QUERIES], b[QUERIES];
-      for (int i = 0; i < QUERIES; i++) a[i] = b[i] = (vector){0};
-      const float *from = n.keys + j;
-      for (int64_t f = 0; f < n.even; f++, from += n.padded) {
-        vector left = load(from), right = load(from + LANES);
-        for (int i = 0; i < QUERIES; i++) {
-          float query = q[i * n.even + f];
-          a[i] += left * query;
-          b[i] += right * query;
-        }
-      }
-      const uint16_t every = (uint16_t)((1u << LANES) - 1);
-      uint16_t low = n.there[j / LANES], high = n.there[j / LANES + 1];
-      for (int i = 0; i < QUERIES; i++) {
-        if (low != every) a[i] = masked(a[i], low);
-        if (high != every) b[i] = masked(b[i], high);
-        store(to + i * row, a[i]);
-        store(to + i * row + LANES, b[i]);
-        top[i] = larger(top[i], larger(a[i], b[i]));
-      }
+INLINE void scores(operands n, int64_t j, int tiles, const float *q, float *s, int64_t row,
+                   vector *top) {
+  const uint16_t every = (uint16_t)((1u << LANES) - 1);
+  vector sum[2][QUERIES];
+  for (int i = 0; i < QUERIES; i++) sum[0][i] = sum[1][i] = (vector){0};
+  const float *from = n.keys + j;
+  for (int64_t f = 0; f < n.even; f++, from += n.padded) {
+    vector left = load(from), right = tiles == 2 ? load(from + LANES) : left;
+    for (int i = 0; i < QUERIES; i++) {
+      float query = q[i * n.even + f];
+      sum[0][i] += left * query;
+      if (tiles == 2) sum[1][i] += right * query;
+    }
+  }
+  for (int t = 0; t < tiles; t++) {
+    uint16_t there = n.there[j / LANES + t];
+    for (int i = 0; i < QUERIES; i++) {
+      if (there != every) sum[t][i] = masked(sum[t][i], there);
+      store(s + i * row + t * LANES, sum[t][i]);
+      top[i] = larger(top[i], sum[t][i]);
     }
   }
 }

@@ -1,13 +1,29 @@
 /* Attention of all heads, once `scores`, `probabilities` and `outputs` are there for the type; see
    attention_form.h. FUNCTION is its name. */
 
+static int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+static void *take(int64_t bytes) { return aligned_alloc(64, up(bytes, 64)); }
+
 /* QUERIES queries of one head. `q` is dense and even in depth; scratch: s, p. */
 static void attend(operands n, blocks live, const ELEMENT *q, float *s, ELEMENT *p,
                    ELEMENT *const *o) {
   VECTOR top[QUERIES];
   float inverse[QUERIES];
-  int64_t row = live.count * live.size;
-  scores(n, live, q, s, row, top);
+  int64_t count = live.count * live.size, row = up(count, STEP);
+  for (int i = 0; i < QUERIES; i++) {
+    top[i] = (VECTOR){0} - INFINITY;
+    for (int64_t j = count; j < row; j++) s[i * row + j] = -INFINITY;
+  }
+  for (int64_t which = 0; which < live.count; which++) {
+    int64_t first = live.list[which] * live.size, end = first + live.size;
+    float *to = s + which * live.size;
+    for (int64_t j = first; j < end; j += STEP, to += STEP)
+      if (j + LANES < end)
+        scores(n, j, 2, q, to, row, top);
+      else
+        scores(n, j, 1, q, to, row, top);
+  }
   for (int i = 0; i < QUERIES; i++)
     inverse[i] = probabilities(s + i * row, row, n.scale, top[i], p + i * row);
   for (int64_t f = 0; f < n.wide; f += STEP)
@@ -17,18 +33,14 @@ static void attend(operands n, blocks live, const ELEMENT *q, float *s, ELEMENT 
       outputs(n, live, p, row, f, 1, inverse, o);
 }
 
-static int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-static void *take(int64_t bytes) { return aligned_alloc(64, up(bytes, 64)); }
-
 /* softmax(scale * q k^T) v for `batch * heads` heads, scale > 0. Strides of batch, head and token
    are in numbers; features lie side by side.
 
    With `table`, `(heads, places)`, tokens come to other places, and only some blocks of
    `block_queries` times `block_keys` places count: those of a row of blocks that `list`,
    `(heads, queries, keys)`, names, as many as `counts`, `(heads, queries)`, says. The same for all
-   images of the batch. Places and keys of a block are multiples of 32, queries of 8; each row has
-   a key that is there. Without `table` everything counts, in its place.
+   images of the batch. Keys of a block are a multiple of LANES, queries of QUERIES; each row has a key that is
+   there. Without `table` everything counts, in its place.
 
    Returns 0, or 1 without memory. */
 int FUNCTION(const ELEMENT *q, const ELEMENT *k, const ELEMENT *v, ELEMENT *o,
@@ -52,8 +64,8 @@ int FUNCTION(const ELEMENT *q, const ELEMENT *k, const ELEMENT *v, ELEMENT *o,
       mark_keys(table ? table + a * places : 0, keys, padded, there + a * marks);
 #pragma omp parallel
   {
-    float *s = take(QUERIES * padded * 4);
-    ELEMENT *p = take(QUERIES * padded * sizeof *p), *some = take(QUERIES * even * sizeof *p);
+    float *s = take(QUERIES * up(padded, STEP) * 4);
+    ELEMENT *p = take(QUERIES * up(padded, STEP) * sizeof *p), *some = take(QUERIES * even * sizeof *p);
     if (!s || !p || !some) failed = 1;
 #pragma omp barrier
     if (!failed) {

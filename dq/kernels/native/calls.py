@@ -246,8 +246,8 @@ def attention(
         k: `(B, H, M, D)` likewise, of that dtype.
         v: `(B, H, M, D)` likewise.
         scale: Positive.
-        blocks: Order of the tokens, and which blocks count: of places and keys that are multiples
-            of 32, queries of 8. None for all.
+        blocks: Order of the tokens, and which blocks count: of keys that are a multiple of 16,
+            queries of 8. None for all.
 
     Returns:
         `(B, H, N, D)` of that dtype; the heads of a token lie side by side.

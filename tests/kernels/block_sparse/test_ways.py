@@ -91,7 +91,7 @@ def test_with_every_block_it_is_plain_attention(name: str, dtype: torch.dtype) -
 
 def test_what_is_taken_is_named() -> None:
     blocks = sparse(LAYOUTS[0], 2, (16, 16))
-    q = torch.randn(1, 2, 64, 16)
+    q = torch.randn(1, 2, 64, 16).half()
     assert path(q, q, q, blocks) == "torch's attention over gathered blocks"
     assert path(q, q, q, blocks, asked="sdpa").startswith("masked sdpa")
 
@@ -109,8 +109,8 @@ def test_gradients_come_through() -> None:
 
 def test_a_way_that_does_not_take_the_operands_says_so() -> None:
     blocks = sparse(LAYOUTS[0], 2, (16, 16))
-    q = torch.randn(1, 2, 64, 16)
-    with pytest.raises(DQError, match=r"by 'native' does not take torch\.float32 operands on cpu"):
+    q = torch.randn(1, 2, 64, 16).half()
+    with pytest.raises(DQError, match=r"by 'native' does not take torch\.float16 operands on cpu"):
         block_sparse_attention(q, q, q, 1.0, blocks, asked="native")
     with pytest.raises(DQError, match="Did you mean 'native'"):
         block_sparse_attention(q, q, q, 1.0, blocks, asked="nativ")
