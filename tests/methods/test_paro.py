@@ -18,6 +18,7 @@ from dq.engine import quantize
 from dq.errors import DQError
 from dq.family import family_of
 from dq.integration import attach
+from dq.kernels.live_blocks import LiveBlocks
 from dq.method import Method
 from dq.methods.operands import Operands
 from dq.methods.paro import PARO
@@ -55,12 +56,25 @@ def inputs(model: nn.Module) -> dict[str, Any]:
 
 
 @each
-def test_with_every_block_nothing_changes(name: str) -> None:
-    model, plan = made(name, PARO(1.0, (16,), orders="tiles"))
+@pytest.mark.parametrize("fused", [False, True])
+def test_with_every_block_nothing_changes(
+    name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LiveBlocks, "whole", False)  # else dense attention would take over
+    float_model: Any = network(name)
+    if fused:
+        if not hasattr(float_model, "fuse_qkv_projections"):
+            pytest.skip("it has no fused projections")
+        float_model.fuse_qkv_projections()
+    model = copy.deepcopy(float_model)
+    step = PARO(1.0, (8,), "tiles", criterion="paper", alpha=0.0)  # mass is the same for all
+    plan = quantize(model, Recipe("t", (step,), SMALL), Samples(model))
+    sites = [attention.site_of(model.get_submodule(name)) for name in plan.attention]
+    assert any(site is not None and site.token_order.any() for site in sites)
     assert plan.attention
     with torch.no_grad():
-        expected, found = (run(m, inputs(model)) for m in (network(name), model))
-    assert relative_error(found, expected) < 1e-5
+        expected, found = (run(m, inputs(model)) for m in (float_model, model))
+    assert 0 < relative_error(found, expected) < 1e-5
 
 
 @each
