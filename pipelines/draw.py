@@ -113,12 +113,11 @@ def _sized(pipe: Any, size: Sequence[int]) -> Iterator[dict[str, int]]:
     if not missing:
         yield dict(zip(names, size, strict=True))
         return
-    scale = getattr(pipe, "vae_scale_factor", 8)
     if missing != ["height", "width"] or not _takes(pipe, "class_labels") or len({*size}) != 1:
         square = ", square images of any size" if _takes(pipe, "class_labels") else ""
         raise DQError(f"{type(pipe).__name__} takes no {' and '.join(missing)}{square}")
-    # DiTPipeline asks its transformer how large an image is.
-    model = pipe.transformer
+    # DiTPipeline asks its transformer how large an image is, and does not say how much it scales.
+    model, scale = pipe.transformer, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     before = model._internal_dict
     model._internal_dict = FrozenDict({**before, "sample_size": size[0] // scale})
     try:

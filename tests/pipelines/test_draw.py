@@ -51,3 +51,28 @@ def test_default_prompts_of_text_pipelines() -> None:
 def test_source_counts_batches(n: int, batch: int, batches: int) -> None:
     source = PipelineSource(MODELS["sd32"].build())
     assert source.batches(CalibrationSpec(n=n, batch=batch)) == batches
+
+
+@pytest.mark.parametrize("name", ["sd32", "dit64", "pixart64", "sd3", "flux"])
+def test_images_of_another_size(name: str) -> None:
+    pipe = MODELS[name].build()
+    prompts = default_prompts(pipe)[:1]
+    before = dict(getattr(pipe, MODELS[name].denoiser).config)
+    (image,) = draw(pipe, prompts, seeds=[0], steps=1, output_type="np", size=(64, 64))
+    assert image.shape == (64, 64, 3)
+    assert dict(getattr(pipe, MODELS[name].denoiser).config) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "text"),
+    [
+        ("dit64", (64, 32), "takes no height and width, square images of any size"),
+        ("sd32", (9, 64, 64), "takes no num_frames"),
+        ("sd32", (64,), "a size is"),
+        ("sd32", (64, 0), "a size is"),
+    ],
+)
+def test_sizes_that_a_pipeline_does_not_take(name: str, size: tuple[int, ...], text: str) -> None:
+    pipe = MODELS[name].build()
+    with pytest.raises(DQError, match=text):
+        draw(pipe, default_prompts(pipe)[:1], seeds=[0], steps=1, size=size)
