@@ -8,22 +8,17 @@ once. The calibration of the paper is not public; what differs here is in docs/p
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dq import attention
 from dq.attention_spec import AttentionSpec
-from dq.calibrate import Call
 from dq.errors import DQError, unknown
-from dq.full_precision import full_precision
 from dq.method import Job, Method, methods
+from dq.methods.paro_survey import ordered_sites, statistics
 from dq.methods.step_groups import captured_times, centres
-from dq.nn.steps import noted
 from dq.nn.token_site import Chosen
 from dq.plan import Plan
 from dq.presets import FLOAT
@@ -112,13 +107,23 @@ class PARO(Method):
             DQError: If no attention of the model has tokens that form a grid.
             NeedsData: If nothing makes the denoiser run.
         """
-        sites = self._sites(job)
+        sites = ordered_sites(job, self.dense)
         times = captured_times(job.model, job.calibration)
         groups = self._groups(times)
         stage = job.calibration.stage("paro")
         stored = job.calibration.work.load(stage)
         if stored is None:
-            found = self._statistics(job, sites, groups)
+            found = {
+                name: BlockStatistics(
+                    layout,
+                    self._candidates(layout),
+                    self.size,
+                    max(1, len(groups)),
+                    self.criterion == "paper",
+                )
+                for name, layout in sites.items()
+            }
+            statistics(job, found, groups, self.maps)
             stored = self._chosen(sites, found)
             job.calibration.work.save(stage, stored)
         plan = dict(job.plan.attention)
@@ -144,52 +149,6 @@ class PARO(Method):
         half = len(times) // 2  # timesteps fall: the first half of the steps are the larger ones
         rest = times[: len(times) - half]
         return (float(sum(rest) / len(rest)), *times[len(times) - half :])
-
-    def _sites(self, job: Job) -> dict[str, TokenLayout]:
-        """Return the attentions whose queries and keys are the same tokens, and what these are."""
-        known = attention.sites(job.model)
-        call = next(iter(_calls(job)))
-        layouts = {x.tokens: x for x in job.family.layouts(job.model, _bound(job, call))}
-        seen: dict[str, tuple[int, int]] = {}
-
-        def see(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-            seen[name] = q.shape[2], k.shape[2]
-
-        with full_precision(job.model), attention.tapped(job.model, known, see):
-            next(iter(job.calibration.replay([call])))
-        sites = {n: layouts[q] for n, (q, k) in seen.items() if q == k and q in layouts}
-        sites = dict([*sites.items()][self.dense :])
-        if not sites:
-            raise DQError(
-                f"paro: no attention of this {type(job.model).__name__} has tokens that form a "
-                f"grid, of {len(known)} that can be changed; leave the step out"
-            )
-        return sites
-
-    def _statistics(
-        self, job: Job, sites: Mapping[str, TokenLayout], groups: tuple[float, ...]
-    ) -> dict[str, BlockStatistics]:
-        extremes = self.criterion == "paper"
-        found = {
-            name: BlockStatistics(
-                layout, self._candidates(layout), self.size, max(1, len(groups)), extremes
-            )
-            for name, layout in sites.items()
-        }
-        with full_precision(job.model), noted(job.model) as steps:
-
-            def see(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-                rows = torch.linspace(0, len(q) - 1, min(self.maps, len(q))).long().unique()
-                group = steps.nearest(groups) if groups else 0
-                for row in rows.tolist():
-                    mine = group if isinstance(group, int) else int(group[row])
-                    found[name].add(q[row : row + 1], k[row : row + 1], scale, mine)
-
-            with attention.tapped(job.model, sites, see):
-                for calls in job.calibration.batches():
-                    for _ in job.calibration.replay(calls):
-                        pass
-        return found
 
     def _chosen(
         self, sites: Mapping[str, TokenLayout], found: Mapping[str, BlockStatistics]
@@ -250,15 +209,3 @@ def _diagonal(queries: int, keys: int) -> Tensor:
     found = torch.zeros(queries, keys, dtype=torch.bool)
     found[row, column] = True
     return found
-
-
-def _calls(job: Job) -> Any:
-    """Yield all captured calls."""
-    for calls in job.calibration.batches():
-        yield from calls
-
-
-def _bound(job: Job, call: Call) -> Call:
-    """Return a captured call by the names of the denoiser's arguments."""
-    names = inspect.signature(type(job.model).forward).parameters
-    return {name: value for name, value in call.items() if name in names}

@@ -13,7 +13,6 @@ from dq.errors import DQError
 from dq.kernels.block_sparse import live_blocks
 from dq.kernels.live_blocks import LiveBlocks
 from dq.nn.steps import Steps
-from dq.packing import pack
 from dq.tokens.spec import TokenSpec
 
 __all__ = ["SITE", "TOKEN_TENSORS", "Chosen", "TokenSite"]
@@ -59,7 +58,7 @@ class TokenSite(nn.Module):
         masks = torch.empty(spec.mask_shape, dtype=torch.uint8, device=device)
         if chosen is not None:
             orders = chosen.orders.to(torch.uint8)
-            masks = pack(chosen.masks.flatten(-2).to(torch.uint8), 1)
+            masks = spec.packed(chosen.masks)
         if masks.shape != spec.mask_shape or orders.shape != (spec.heads,):
             raise DQError(
                 f"masks {tuple(masks.shape)} and orders {tuple(orders.shape)} are not those of "

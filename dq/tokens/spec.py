@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from dq.errors import DQError, check_known
-from dq.packing import packed_length, unpack
+from dq.packing import pack, packed_length, unpack
 from dq.tokens.layout import TokenLayout
 from dq.tokens.orders import places
 
@@ -83,6 +84,10 @@ class TokenSpec:
         """Return stored masks `(..., bytes)` uint8 as `(..., q, k)` bool, of the image's blocks."""
         queries, keys = self.image_blocks
         return unpack(masks, 1, queries * keys).bool().unflatten(-1, (queries, keys))
+
+    def packed(self, masks: Tensor) -> Tensor:
+        """Return masks `(..., q, k)` bool, of the image's blocks, as they are stored."""
+        return pack(masks.flatten(-2).to(torch.uint8), 1)
 
     def bytes(self) -> int:
         """Return the bytes of orders and masks."""
