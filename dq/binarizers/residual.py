@@ -98,11 +98,15 @@ class EBB(Residual):
         matrix: `(N, K)` floating point.
         group: Columns that share their scales; 0 for all of a row.
         switch: Share of the training after which one basis is left.
+        fading: Whether the second basis counts less and less until then, so that nothing jumps when
+            it is left out: for trainings too short for the penalty. The paper's counts in full.
     """
 
-    def __init__(self, matrix: Tensor, group: int = 0, switch: float = 0.5) -> None:
+    def __init__(
+        self, matrix: Tensor, group: int = 0, switch: float = 0.5, fading: bool = False
+    ) -> None:
         super().__init__(matrix, group, 2)
-        self.switch = switch
+        self.switch, self.fading = switch, fading
 
     @property
     def used(self) -> int:
@@ -116,6 +120,14 @@ class EBB(Residual):
 
     def _first(self) -> Tensor:
         return self.written(self.scales[0])
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        """See `Binarizer.forward`."""
+        if self.used == 1 or not self.fading:
+            return super().forward(matrix)
+        (first, sign), (second, rest) = self._terms(matrix, 2)
+        left = 1 - self.progress / self.switch
+        return (first * sign + left * second * rest).view(matrix.shape)
 
     @torch.no_grad()
     def export(self, matrix: Tensor) -> Exported:

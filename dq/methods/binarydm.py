@@ -54,6 +54,7 @@ class BinaryDM(Finetuning):
         group: Columns that share a scale; 0 for all of a row.
         estimator: Of the gradient of "xnor".
         centred: Whether "xnor" takes out the mean of each row, and stores it.
+        fading: Whether the second basis of "ebb" fades out instead of being dropped.
         salient: Share of the input channels, those of largest inputs, whose weights have more bits
             (PTQ1.61, Zhao et al. 2025, arXiv 2502.13179, has a fifth); see `dq.nn.split`. No
             integer product runs such layers.
@@ -78,6 +79,7 @@ class BinaryDM(Finetuning):
     group: int = 0
     estimator: str = "ste"
     centred: bool = False
+    fading: bool = False
     salient: float = 0.0
     salient_format: str = "int4"
     drift: float = 4.0
@@ -186,6 +188,8 @@ class BinaryDM(Finetuning):
         options: dict[str, Any] = {}
         if name == "xnor":
             options = {"estimator": self.estimator, "centred": self.centred}
+        if name == "ebb":
+            options = {"fading": self.fading}
         return binarizers[name](matrix, self.group, **options)
 
     def _stored(self, outer: bool) -> TensorSpec:

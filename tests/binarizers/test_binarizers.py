@@ -153,6 +153,18 @@ def test_ebb_whose_second_scale_is_zero_is_xnor_to_the_bit() -> None:
     assert torch.equal(evolved.export(w).value, plain.export(w).value)
 
 
+def test_a_fading_basis_leaves_without_a_jump() -> None:
+    made, plain = EBB(weight(), fading=True), EBB(weight())
+    torch.testing.assert_close(made(weight()), plain(weight()))
+    made.at(0.25)
+    one, two = XNOR(weight())(weight()), plain(weight())
+    torch.testing.assert_close(made(weight()), (one + two) / 2)
+    made.at(0.4999)
+    before = made(weight())
+    made.at(0.5)
+    torch.testing.assert_close(made(weight()), before, rtol=0, atol=1e-3)
+
+
 def test_the_penalty_of_ebb_ends_with_its_second_basis() -> None:
     made = EBB(weight())
     with torch.no_grad():
