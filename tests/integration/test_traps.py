@@ -505,7 +505,13 @@ def test_compiles_a_block_without_a_graph_break(packed_folders: PackedFolders) -
 @pytest.mark.slow
 def test_compiles_a_whole_unet(packed32: Path) -> None:
     model = unet(packed32)
+    plain = forward(model)
+    torch._dynamo.reset()
+    model.compile(fullgraph=True, backend="eager")
     expected = forward(model)
+    # Graphs have no native norms: the last bits differ, and on some processors one code of the few
+    # of the time embedding falls on its other side, which every pixel sees.
+    assert relative_error(expected, plain) < 0.05
     torch._dynamo.reset()
     model.compile(fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
