@@ -509,8 +509,8 @@ def test_compiles_a_whole_unet(packed32: Path) -> None:
     torch._dynamo.reset()
     model.compile(fullgraph=True, backend="eager")
     expected = forward(model)
-    # Graphs have no native norms: the last bits differ, and on some processors one code of the few
-    # of the time embedding falls on its other side, which every pixel sees.
+    # Graphs have no native norms: the last bits differ, and on some processors one code of the
+    # middle block falls on its other side, and others after it.
     assert relative_error(expected, plain) < 0.05
     torch._dynamo.reset()
     model.compile(fullgraph=True)
