@@ -54,7 +54,8 @@ class BinaryDM(Finetuning):
         group: Columns that share a scale; 0 for all of a row.
         estimator: Of the gradient of "xnor".
         centred: Whether "xnor" takes out the mean of each row, and stores it.
-        fading: Whether the second basis of "ebb" fades out instead of being dropped.
+        fading: Whether the second basis of "ebb" fades out, or is dropped at once as in the paper,
+            which short trainings do not make up for.
         salient: Share of the input channels, those of largest inputs, whose weights have more bits
             (PTQ1.61, Zhao et al. 2025, arXiv 2502.13179, has a fifth); see `dq.nn.split`. No
             integer product runs such layers.
@@ -79,7 +80,7 @@ class BinaryDM(Finetuning):
     group: int = 0
     estimator: str = "ste"
     centred: bool = False
-    fading: bool = False
+    fading: bool = True
     salient: float = 0.0
     salient_format: str = "int4"
     drift: float = 4.0
