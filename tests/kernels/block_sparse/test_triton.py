@@ -8,6 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from dq.kernels.block_sparse import Operands, block_sparse_attention, ways
+from dq.kernels.live_blocks import LiveBlocks
+from dq.tokens import TokenLayout
+from tests.kernels.block_sparse.cases import FORMATS, operands, sparse
 
 pytest.importorskip("triton")
 
@@ -43,3 +49,20 @@ def test_kernels_compute_what_the_reference_defines() -> None:
     assert len(found) > 10
     far = {name: distance for name, distance in found.items() if distance > 4e-3}
     assert not far
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [(64, 64), (64, 128), (128, 64)], ids=str)
+def test_cards_compute_what_the_reference_defines(
+    formats: tuple[str, str | None, str | None], dtype: torch.dtype, block: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    layout = TokenLayout((19, 23), 77, text_first=True)
+    q, k, v = (x.cuda() for x in operands(layout.tokens, 4, 72, dtype))
+    here = sparse(layout, 4, block)
+    blocks = LiveBlocks(here.table.cuda(), here.live.cuda(), block)
+    wanted = ways["by-block"].run(q, k, v, 0.12, blocks, Operands(*formats)).float()
+    made = block_sparse_attention(q, k, v, 0.12, blocks, Operands(*formats), "triton").float()
+    assert float((made - wanted).norm() / wanted.norm()) < 0.02
