@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dq.kernels.block_sparse import Operands, block_sparse_attention
 from dq.kernels.live_blocks import LiveBlocks
+from dq.tokens.layout import TokenLayout
 
 __all__ = ["NAME", "attention_of_8_bits", "register"]
 
@@ -30,8 +31,7 @@ logger = logging.getLogger("dq")
 @functools.lru_cache(maxsize=16)
 def _whole(tokens: int, heads: int, device: torch.device) -> LiveBlocks:
     """Return all blocks of tokens in their own order."""
-    table = torch.arange(tokens, dtype=torch.int32, device=device)
-    table = torch.nn.functional.pad(table, (0, -tokens % _BLOCK), value=-1)
+    table = TokenLayout((1, tokens)).table("hw", _BLOCK).to(device)
     count = len(table) // _BLOCK
     live = torch.ones(heads, count, count, dtype=torch.bool, device=device)
     return LiveBlocks(table.expand(heads, -1).contiguous(), live, (_BLOCK, _BLOCK))

@@ -71,7 +71,12 @@ def _names(pair: Pair) -> dict[str, Any]:
 
 def _rebuilt(kind: type, state: dict[str, Any], spec: AttentionSpec | None = None) -> Any:
     """Make a processor again from what a pickle or a copy knows of it."""
-    made: Any = object.__new__(_changed(kind, spec) or kind)
+    return _of_class(_changed(kind, spec) or kind, state)
+
+
+def _of_class(kind: type, state: Mapping[str, Any]) -> Any:
+    """Make a processor of a class with what another one knows."""
+    made: Any = object.__new__(kind)
     made.__dict__.update(state)
     return made
 
@@ -281,9 +286,7 @@ def _others(model: nn.Module, pairs: Mapping[str, Pair | None]) -> Iterator[None
         if pair is not None:
             kind = _subclass(_original(module), pair, None)
             assert kind is not None  # the caller has asked for what can be changed
-            made: Any = object.__new__(kind)
-            made.__dict__.update(vars(module.processor))
-            module.processor = made
+            module.processor = _of_class(kind, vars(module.processor))
     try:
         yield
     finally:
@@ -313,9 +316,7 @@ def _take_back(module: Any) -> None:
     """Give a site its own attention again."""
     original = getattr(module.processor, "_dq_original", None)
     if original is not None:
-        made = object.__new__(original)
-        made.__dict__.update(_own_state(module.processor))
-        module.processor = made
+        module.processor = _of_class(original, _own_state(module.processor))
 
 
 def _without_tokens(module: Any) -> None:

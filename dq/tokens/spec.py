@@ -61,13 +61,17 @@ class TokenSpec:
     @property
     def image_blocks(self) -> tuple[int, int]:
         """Blocks of image queries and of image keys; those of text are all computed."""
-        padded = self.layout.image + -self.layout.image % self.unit
-        return padded // self.block[0], padded // self.block[1]
+        return self._blocks_of(self.layout.image)
 
     @property
     def blocks(self) -> tuple[int, int]:
         """Blocks of all queries and of all keys."""
-        padded = len(self.table(self.orders[0]))
+        parts = self._blocks_of(self.layout.image), self._blocks_of(self.layout.text)
+        return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
+    def _blocks_of(self, tokens: int) -> tuple[int, int]:
+        """Return how many blocks of queries and of keys some tokens take, padded."""
+        padded = tokens + -tokens % self.unit
         return padded // self.block[0], padded // self.block[1]
 
     def table(self, order: str) -> Tensor:

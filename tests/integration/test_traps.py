@@ -28,7 +28,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from dq import DQConfig, DQError, DQPipeline
-from dq.nn import PackedConv2d, PackedLinear, packed_layers
+from dq.nn import PackedConv2d, PackedLinear, norm, packed_layers
 from dq.nn.stored import COMPANIONS
 from tests.models import MODELS
 from tests.models.parts import finish
@@ -505,13 +505,11 @@ def test_compiles_a_block_without_a_graph_break(packed_folders: PackedFolders) -
 @pytest.mark.slow
 def test_compiles_a_whole_unet(packed32: Path) -> None:
     model = unet(packed32)
-    plain = forward(model)
-    torch._dynamo.reset()
-    model.compile(fullgraph=True, backend="eager")
+    # Graphs have no native norms, whose last bits differ: on some processors one code of the middle
+    # block falls on its other side, and others after it.
+    norm.uninstall(model)
     expected = forward(model)
-    # Graphs have no native norms: the last bits differ, and on some processors one code of the
-    # middle block falls on its other side, and others after it.
-    assert relative_error(expected, plain) < 0.05
+    norm.install(model)
     torch._dynamo.reset()
     model.compile(fullgraph=True)
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dq.kernels.block_sparse.way import Operands, Way, ways
 from dq.kernels.live_blocks import LiveBlocks
+from dq.tokens.layout import TokenLayout
 
 __all__ = ["TRITON", "run"]
 
@@ -54,7 +55,7 @@ def _works(operands: Operands, dtype: torch.dtype, device: int | None) -> bool:
     place = torch.device("cuda", device or 0)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 90, 64, generator=generator).to(place, dtype) for _ in range(3))
-    table = torch.nn.functional.pad(torch.arange(90, dtype=torch.int32), (0, 38), value=-1)
+    table = TokenLayout((9, 10)).table("hw", 64)
     live = torch.tensor([[1, 0], [1, 1]], dtype=torch.bool)
     tables, masks = table.expand(2, -1).contiguous(), live.expand(2, -1, -1)
     blocks = LiveBlocks(tables.to(place), masks.to(place), (64, 64))
