@@ -65,7 +65,8 @@ class BinaryDM(Finetuning):
         input_rate: Learning rate of the logarithms of the scales of static inputs (LSQ).
         norm_rate: Learning rate of weights and biases of norms; 0 leaves them.
         penalty: Of the second scales that are to vanish, tau of the paper.
-        mimicking: Weight of the distance of features, lambda of the paper; 0 for none.
+        mimicking: Weight of the distance of features, lambda of the paper; 0 for none. The paper's
+            1e-4 is for features that are not normalized.
         part: A K-th of the directions of features is compared.
         normalized: Whether features are compared in units of their own variance, block by block.
         progressive: Whether layers begin to be binarized one after the other, a step each, from the
@@ -88,9 +89,9 @@ class BinaryDM(Finetuning):
     input_rate: float = 1e-3
     norm_rate: float = 1e-3
     penalty: float = 9e-2
-    mimicking: float = 1e-4
+    mimicking: float = 1.0
     part: int = 4
-    normalized: bool = False
+    normalized: bool = True
     progressive: bool = False
 
     def __post_init__(self) -> None:

@@ -94,7 +94,7 @@ def test_learning_helps_whatever_the_binarizer(outer: str) -> None:
         {"salient": 0.2},
         {"salient": 0.1, "salient_format": "int8", "centred": True, "outer": "lmb"},
         {"mimicking": 0.0},
-        {"mimicking": 1.0, "normalized": True},
+        {"mimicking": 1e-4, "normalized": False},
         {"compute": "bfloat16"},
         {"checkpointing": True},
         {"roles": ["feed-forward"]},
