@@ -60,8 +60,8 @@ class BinaryDM(Finetuning):
             (PTQ1.61, Zhao et al. 2025, arXiv 2502.13179, has a fifth); see `dq.nn.split`. No
             integer product runs such layers.
         salient_format: Of these.
-        drift: Learning rate of weights, in mean magnitudes of theirs over all steps.
-        scale_drift: Likewise of their scales.
+        weight_rate: Learning rate of weights and biases, in mean magnitudes of a layer's weights.
+        scale_rate: Likewise of the scales of binarizers.
         input_rate: Learning rate of the logarithms of the scales of static inputs (LSQ).
         norm_rate: Learning rate of weights and biases of norms; 0 leaves them.
         penalty: Of the second scales that are to vanish, tau of the paper.
@@ -84,8 +84,8 @@ class BinaryDM(Finetuning):
     fading: bool = True
     salient: float = 0.0
     salient_format: str = "int4"
-    drift: float = 4.0
-    scale_drift: float = 1.0
+    weight_rate: float = 0.02
+    scale_rate: float = 1e-3
     input_rate: float = 1e-3
     norm_rate: float = 1e-3
     penalty: float = 9e-2
@@ -104,7 +104,7 @@ class BinaryDM(Finetuning):
         check_roles(self.roles)
         if not self.roles:
             raise DQError("roles is empty: nothing would be binarized")
-        rates = ("drift", "scale_drift", "input_rate", "norm_rate")
+        rates = ("weight_rate", "scale_rate", "input_rate", "norm_rate")
         for name in (*rates, "group", "penalty", "mimicking"):
             if getattr(self, name) < 0:
                 raise DQError(f"{name} is 0 or more, not {getattr(self, name)}")
@@ -218,7 +218,7 @@ class BinaryDM(Finetuning):
         inputs: list[Quantizer],
     ) -> list[Group]:
         """Return everything that learns."""
-        rates = self.drift / self.steps, self.scale_drift / self.steps
+        rates = self.weight_rate, self.scale_rate
         groups = [group for layer in layers for group in layer.groups(*rates)]
         if norms:
             learning = [p for name in norms for p in job.model.get_submodule(name).parameters()]

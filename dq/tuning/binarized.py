@@ -43,19 +43,19 @@ class Binarized:
         """Return the columns that are binarized."""
         return matrix if self._split is None else matrix[:, ~self._split.mask]
 
-    def groups(self, drift: float, scale_drift: float) -> list[Group]:
+    def groups(self, rate: float, scale_rate: float) -> list[Group]:
         """Return what learns.
 
         Args:
-            drift: Learning rate of weight and bias, in mean magnitudes of the weight.
-            scale_drift: Of the binarizer's scales, likewise.
+            rate: Learning rate of weight and bias, in mean magnitudes of the weight.
+            scale_rate: Of the binarizer's scales, likewise.
         """
         size = float(self.layer.latent.value.detach().abs().mean())
         bias = self.layer.latent_bias
         weights = [*self.layer.latent.parameters(), *([] if bias is None else [bias])]
         scales = [*self.binarizer.parameters()]
-        groups = [Group(weights, drift * size)]
-        return [*groups, Group(scales, scale_drift * size)] if scales else groups
+        groups = [Group(weights, rate * size)]
+        return [*groups, Group(scales, scale_rate * size)] if scales else groups
 
     def at(self, progress: float, started: bool = True) -> None:
         """Say how far training is, 0 to 1, and whether the layer computes with few bits yet."""

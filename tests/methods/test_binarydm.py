@@ -77,8 +77,8 @@ def test_outer_layers_are_those_of_the_family(name: str) -> None:
 
 @pytest.mark.parametrize("outer", binarizers.names())
 def test_learning_helps_whatever_the_binarizer(outer: str) -> None:
-    long = BinaryDM(outer, outer, steps=40, batch=8, drift=1.0)
-    none = BinaryDM(outer, outer, steps=1, batch=2, drift=0.0, scale_drift=0.0, input_rate=0.0)
+    long = BinaryDM(outer, outer, steps=40, batch=8, weight_rate=1 / 40)
+    none = BinaryDM(outer, outer, steps=1, batch=2, weight_rate=0.0, scale_rate=0.0, input_rate=0.0)
     errors = [held_out_error(learned(step)[0], "dit64") for step in (none, long)]
     assert errors[1] < 0.9 * errors[0]
 
@@ -165,7 +165,7 @@ def test_a_killed_run_ends_in_the_same_bits(
 @pytest.mark.parametrize("name", ["sd32", "flux"])
 def test_norms_learn_with_the_weights_and_the_teacher_keeps_its_own(name: str) -> None:
     still, moved = (
-        learned(BinaryDM(steps=12, batch=4, drift=0.3, norm_rate=rate), name)[0].bfloat16()
+        learned(BinaryDM(steps=12, batch=4, weight_rate=0.025, norm_rate=rate), name)[0].bfloat16()
         for rate in (0.0, 1e-2)
     )
     original = network(name).bfloat16().state_dict()

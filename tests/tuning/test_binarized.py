@@ -30,7 +30,7 @@ def begun(name: str, salient: int = 0) -> tuple[QuantLinear, Binarized]:
 @pytest.mark.parametrize("salient", [0, 5])
 def test_what_is_stored_computes_what_has_learned(name: str, salient: int) -> None:
     layer, learning = begun(name, salient)
-    groups = learning.groups(drift=2.0, scale_drift=1.0)
+    groups = learning.groups(rate=2.0, scale_rate=1.0)
     with torch.no_grad():
         for parameter in (p for group in groups for p in group.parameters):
             parameter.add_(0.1 * parameter.abs().mean() * torch.randn_like(parameter))
@@ -53,7 +53,7 @@ def test_weight_bias_and_scales_learn(name: str) -> None:
 
 def test_rates_are_in_units_of_the_weight() -> None:
     layer, learning = begun("xnor")
-    weights, scales = learning.groups(drift=2.0, scale_drift=3.0)
+    weights, scales = learning.groups(rate=2.0, scale_rate=3.0)
     size = float(layer.weight.detach().abs().mean())
     assert weights.rate == pytest.approx(2 * size)
     assert scales.rate == pytest.approx(3 * size)
