@@ -37,9 +37,14 @@ class Residual(Binarizer):
         self.scales = nn.ParameterList(s.unsqueeze(-1).clone() for s in (found.scale, *more))
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """How much each basis counts now; those after the last one not at all."""
+        return (1.0,) * len(self.scales)
+
+    @property
     def used(self) -> int:
         """How many of the bases count now."""
-        return len(self.scales)
+        return len(self.shares)
 
     @property
     def spec(self) -> TensorSpec:
@@ -61,7 +66,8 @@ class Residual(Binarizer):
 
     def forward(self, matrix: Tensor) -> Tensor:
         """See `Binarizer.forward`."""
-        terms = [scale * sign for scale, sign in self._terms(matrix, self.used)]
+        each = zip(self.shares, self._terms(matrix, self.used), strict=True)
+        terms = [share * scale * sign for share, (scale, sign) in each]
         return torch.stack(terms).sum(0).view(matrix.shape)
 
     @torch.no_grad()
@@ -109,9 +115,11 @@ class EBB(Residual):
         self.switch, self.fading = switch, fading
 
     @property
-    def used(self) -> int:
-        """See `Residual.used`."""
-        return 2 if self.progress < self.switch else 1
+    def shares(self) -> tuple[float, ...]:
+        """See `Residual.shares`."""
+        if self.progress >= self.switch:
+            return (1.0,)
+        return 1.0, 1 - self.progress / self.switch if self.fading else 1.0
 
     @property
     def spec(self) -> TensorSpec:
@@ -120,14 +128,6 @@ class EBB(Residual):
 
     def _first(self) -> Tensor:
         return self.written(self.scales[0])
-
-    def forward(self, matrix: Tensor) -> Tensor:
-        """See `Binarizer.forward`."""
-        if self.used == 1 or not self.fading:
-            return super().forward(matrix)
-        (first, sign), (second, rest) = self._terms(matrix, 2)
-        left = 1 - self.progress / self.switch
-        return (first * sign + left * second * rest).view(matrix.shape)
 
     @torch.no_grad()
     def export(self, matrix: Tensor) -> Exported:

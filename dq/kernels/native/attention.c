@@ -51,8 +51,8 @@ INLINE __m512bh pair(const uint16_t *at) { /* two neighbours, in every lane */
 
 INLINE __m512bh load(const uint32_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
 
-/* Scores of QUERIES queries and LANES * tiles keys from `j` on, in rows of `row`; `top`: the largest
-   of each query, lane by lane. */
+/* Scores of QUERIES queries and LANES * tiles keys from `j` on, in rows of `row`; `top`: the
+   largest of each query, lane by lane. */
 INLINE void scores(operands n, int64_t j, int tiles, const uint16_t *q, float *s, int64_t row,
                    __m512 *top) {
   __m512 sum[2][QUERIES];

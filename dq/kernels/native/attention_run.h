@@ -19,7 +19,7 @@ static void attend(operands n, blocks live, const ELEMENT *q, float *s, ELEMENT 
     int64_t first = live.list[which] * live.size, end = first + live.size;
     float *to = s + which * live.size;
     for (int64_t j = first; j < end; j += STEP, to += STEP)
-      if (j + LANES < end)
+      if (j + LANES < end) /* tiles as a constant: each case is compiled for itself */
         scores(n, j, 2, q, to, row, top);
       else
         scores(n, j, 1, q, to, row, top);
@@ -39,8 +39,8 @@ static void attend(operands n, blocks live, const ELEMENT *q, float *s, ELEMENT 
    With `table`, `(heads, places)`, tokens come to other places, and only some blocks of
    `block_queries` times `block_keys` places count: those of a row of blocks that `list`,
    `(heads, queries, keys)`, names, as many as `counts`, `(heads, queries)`, says. The same for all
-   images of the batch. Keys of a block are a multiple of LANES, queries of QUERIES; each row has a key that is
-   there. Without `table` everything counts, in its place.
+   images of the batch. Keys of a block are a multiple of LANES, queries of QUERIES; each row has a
+   key that is there. Without `table` everything counts, in its place.
 
    Returns 0, or 1 without memory. */
 int FUNCTION(const ELEMENT *q, const ELEMENT *k, const ELEMENT *v, ELEMENT *o,
@@ -65,7 +65,8 @@ int FUNCTION(const ELEMENT *q, const ELEMENT *k, const ELEMENT *v, ELEMENT *o,
 #pragma omp parallel
   {
     float *s = take(QUERIES * up(padded, STEP) * 4);
-    ELEMENT *p = take(QUERIES * up(padded, STEP) * sizeof *p), *some = take(QUERIES * even * sizeof *p);
+    ELEMENT *p = take(QUERIES * up(padded, STEP) * sizeof *p);
+    ELEMENT *some = take(QUERIES * even * sizeof *p);
     if (!s || !p || !some) failed = 1;
 #pragma omp barrier
     if (!failed) {
