@@ -86,11 +86,13 @@ def run(
     mean = k.float().mean(2).contiguous()
 
     def rounded(x: Tensor, size: int, name: str, centred: bool, by_feature: bool) -> list[Tensor]:
-        out = x.new_empty((batch, heads, places, depth), dtype=_DTYPES[name])
+        shape = (batch, heads, depth, places) if by_feature else (batch, heads, places, depth)
+        out = x.new_empty(shape, dtype=_DTYPES[name])
+        out = out.transpose(2, 3) if by_feature else out
         each = (depth,) if by_feature else ()
         scales = x.new_empty((batch, heads, places // size, *each), dtype=torch.float32)
         kernels.round_rows[places // size, batch * heads](
-            x, mean, blocks.table, out, scales, *x.stride()[:3], heads, places, depth,
+            x, mean, blocks.table, out, scales, *x.stride()[:3], heads, places, depth, *out.stride()[2:],
             SIZE=size, DEPTH=wide, LARGEST=_LARGEST[name], FLOATS=name == "e4m3",
             BY_FEATURE=by_feature, CENTRED=centred, INTERPRETED=interpreted,
         )  # fmt: skip
@@ -106,7 +108,7 @@ def run(
     counts, numbers = blocks.lists
     kernels.attend[places // queries, batch * heads](
         q8, k8, values, q_scales, k_scales, v_scales, blocks.table, counts, numbers, out,
-        *v.stride()[:3], *out.stride()[:3], heads, places, depth, places // keys,
+        *values.stride(), *out.stride()[:3], heads, places, depth, places // keys,
         scale * math.log2(math.e),
         QUERIES=queries, KEYS=keys, DEPTH=wide, VALUES=_VALUES[operands],
         INTERPRETED=interpreted,

@@ -30,14 +30,14 @@ def _as_e4m3(x, INTERPRETED: tl.constexpr):
 @triton.jit
 def round_rows(
     x, mean, table, out, scales,
-    stride_b, stride_h, stride_n, heads, places, depth,
+    stride_b, stride_h, stride_n, heads, places, depth, out_n, out_d,
     SIZE: tl.constexpr, DEPTH: tl.constexpr, LARGEST: tl.constexpr, FLOATS: tl.constexpr,
     BY_FEATURE: tl.constexpr, CENTRED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Round one block of tokens, of one head of one image.
 
     x: `(B, H, N, D)`, features side by side. mean: `(B, H, D)` float32, taken off if CENTRED.
-    table: `(H, L)` int32. out: `(B, H, L, D)` int8 or float8. scales: `(B, H, blocks)` float32, or
+    table: `(H, L)` int32. out: `(B, H, L, D)` int8 or float8, of strides out_n and out_d. scales: `(B, H, blocks)` float32, or
     `(B, H, blocks, D)` BY_FEATURE.
     """
     block, which = tl.program_id(0), tl.program_id(1)
@@ -65,7 +65,7 @@ def round_rows(
     else:
         # Half to even, as the formats round: plus and minus 1.5 * 2**23 leaves whole numbers.
         level = ((level + 12582912.0) - 12582912.0).to(tl.int8)
-    place = out + (which * places + rows[:, None]) * depth + features[None, :]
+    place = out + which * places * depth + rows[:, None] * out_n + features[None, :] * out_d
     real = (features[None, :] < depth) & (rows[:, None] >= 0)
     tl.store(place, level, real)
 
@@ -73,7 +73,7 @@ def round_rows(
 @triton.jit
 def attend(
     q, k, v, q_scales, k_scales, v_scales, table, counts, numbers, out,
-    v_b, v_h, v_n, out_b, out_h, out_n, heads, places, depth, key_blocks, factor,
+    v_b, v_h, v_n, v_d, out_b, out_h, out_n, heads, places, depth, key_blocks, factor,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, VALUES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,8 @@ def attend(
             value = tl.load(v + place, (token >= 0)[:, None] & inside[None, :], 0.0)
             found = tl.dot(fresh.to(value.dtype), value).to(tl.float32)
         else:
-            where = v + stored[:, None] * depth + features[None, :]
+            within = places_k[:, None] * v_n + features[None, :] * v_d
+            where = v + which * places * depth + within
             by_feature = tl.load(
                 v_scales + (which * key_blocks + number) * depth + features, inside, 0.0
             )
