@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from dq.kernels.block_sparse.way import Operands, Way, ways
+from dq.kernels.block_sparse.way import FLOAT, Operands, Way, ways
 from dq.kernels.live_blocks import LiveBlocks
 from dq.tokens.layout import TokenLayout
 
@@ -20,6 +20,7 @@ logger = logging.getLogger("dq")
 
 # Formats that the kernels compute with, and how the values go in: as they are, int8, float8.
 _VALUES = {
+    FLOAT: 0,
     Operands("int8"): 0,
     Operands("int8", "int8", "uint7"): 1,
     Operands("int8", "e4m3", "e4m3"): 2,
@@ -83,39 +84,44 @@ def run(
     queries, keys = blocks.block
     wide = max(16, 1 << (depth - 1).bit_length())
     interpreted = q.device.type == "cpu"
-    mean = k.float().mean(2).contiguous()
+    none = q.new_empty(1, dtype=torch.float32)
 
-    def rounded(x: Tensor, size: int, name: str, centred: bool, by_feature: bool) -> list[Tensor]:
+    def rounded(
+        x: Tensor, size: int, name: str, mean: Tensor | None = None, by_feature: bool = False
+    ) -> tuple[Tensor, Tensor]:
         shape = (batch, heads, depth, places) if by_feature else (batch, heads, places, depth)
         out = x.new_empty(shape, dtype=_DTYPES[name])
         out = out.transpose(2, 3) if by_feature else out
         each = (depth,) if by_feature else ()
         scales = x.new_empty((batch, heads, places // size, *each), dtype=torch.float32)
         kernels.round_rows[places // size, batch * heads](
-            x, mean, blocks.table, out, scales, *x.stride()[:3], heads, places, depth, *out.stride()[2:],
+            x, none if mean is None else mean, blocks.table, out, scales,
+            *x.stride()[:3], heads, places, depth, *out.stride()[2:],
             SIZE=size, DEPTH=wide, LARGEST=_LARGEST[name], FLOATS=name == "e4m3",
-            BY_FEATURE=by_feature, CENTRED=centred, INTERPRETED=interpreted,
+            BY_FEATURE=by_feature, CENTRED=mean is not None, INTERPRETED=interpreted,
         )  # fmt: skip
-        return [out, scales]
+        return out, scales
 
-    assert operands.query_key is not None  # all that are served have one
-    q8, q_scales = rounded(q, queries, operands.query_key, False, False)
-    k8, k_scales = rounded(k, keys, operands.query_key, True, False)
-    values, v_scales = v, k_scales
+    (query, q_scales), (key, k_scales), (value, v_scales) = (q, none), (k, none), (v, none)
+    if operands.query_key is not None:
+        query, q_scales = rounded(q, queries, operands.query_key)
+        mean = k.mean(2, dtype=torch.float32)
+        key, k_scales = rounded(k, keys, operands.query_key, mean)
     if operands.value is not None:
-        values, v_scales = rounded(v, keys, operands.value, False, True)
+        value, v_scales = rounded(v, keys, operands.value, by_feature=True)
     out = q.new_empty(batch, tokens, heads, depth).transpose(1, 2)
     counts, numbers = blocks.lists
     kernels.attend[places // queries, batch * heads](
-        q8, k8, values, q_scales, k_scales, v_scales, blocks.table, counts, numbers, out,
-        *values.stride(), *out.stride()[:3], heads, places, depth, places // keys,
-        scale * math.log2(math.e),
-        QUERIES=queries, KEYS=keys, DEPTH=wide, VALUES=_VALUES[operands],
+        query, key, value, q_scales, k_scales, v_scales, blocks.table, counts, numbers, out,
+        *query.stride()[:3], *key.stride()[:3], *value.stride(), *out.stride()[:3],
+        heads, places, depth, places // keys, scale * math.log2(math.e),
+        QUERIES=queries, KEYS=keys, DEPTH=wide,
+        SCORES=int(operands.query_key is not None), VALUES=_VALUES[operands],
         INTERPRETED=interpreted,
     )  # fmt: skip
     return out
 
 
 TRITON = ways.add(
-    "triton", Way("8-bit triton kernel, blocks skipped", ("cuda",), _serves, run, rank=1)
+    "triton", Way("triton kernel, blocks skipped", ("cuda",), _serves, run, rank=1)
 )

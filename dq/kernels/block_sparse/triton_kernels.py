@@ -1,4 +1,4 @@
-"""Triton kernels of block-sparse attention with operands of 8 bits.
+"""Triton kernels of block-sparse attention, with operands of 16 or 8 bits.
 
 Two of them. The first reads the tokens of a block where the table says they are, rounds them and
 writes them at their places: order and rounding are one pass. The second goes through the live
@@ -73,66 +73,75 @@ def round_rows(
 @triton.jit
 def attend(
     q, k, v, q_scales, k_scales, v_scales, table, counts, numbers, out,
-    v_b, v_h, v_n, v_d, out_b, out_h, out_n, heads, places, depth, key_blocks, factor,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr, VALUES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, v_d, out_b, out_h, out_n,
+    heads, places, depth, key_blocks, factor,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, DEPTH: tl.constexpr,
+    SCORES: tl.constexpr, VALUES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of queries, of one head of one image.
 
-    q, k: `(B, H, L, D)` int8 with a scale a block. v: as they are in the model (VALUES 0), int8
-    (1) or float8 e4m3 (2), `(B, H, L, D)` with a scale a block and feature. factor: scale of the
-    scores, in powers of two. out: `(B, H, N, D)` by strides.
+    q, k: as they are in the model, `(B, H, N, D)` by strides (SCORES 0), or int8 with a scale a
+    block, `(B, H, L, D)` (1). v: as they are (VALUES 0), int8 (1) or float8 e4m3 (2) with a scale a
+    block and feature. factor: scale of the scores, in powers of two. out: `(B, H, N, D)`.
     """
     block, which = tl.program_id(0), tl.program_id(1)
     image, head = which // heads, which % heads
     rows = block * QUERIES + tl.arange(0, QUERIES)
     columns, features = tl.arange(0, KEYS), tl.arange(0, DEPTH)
     inside = features < depth
-    at = (which * places + rows)[:, None] * depth + features[None, :]
-    query = tl.load(q + at, inside[None, :], 0)
-    blocks = places // QUERIES
-    step = tl.load(q_scales + which * blocks + block) * factor
+    tokens = tl.load(table + head * places + rows)
+    real = (tokens >= 0)[:, None] & inside[None, :]
+    # What was rounded lies at its place in the order, what was not where its token is.
+    home = rows if SCORES else tokens
+    query = tl.load(
+        q + image * q_b + head * q_h + home[:, None] * q_n + features[None, :], real, 0.0
+    )
+    if SCORES:
+        factor *= tl.load(q_scales + which * (places // QUERIES) + block)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     sums = tl.zeros((QUERIES, DEPTH), tl.float32)
-    home = head * blocks + block
-    for index in range(0, tl.load(counts + home)):
-        number = tl.load(numbers + home * key_blocks + index)
-        places_k = number * KEYS + columns
-        token = tl.load(table + head * places + places_k)
-        stored = which * places + places_k
-        key = tl.load(k + stored[None, :] * depth + features[:, None], inside[:, None], 0)
+    line = head * (places // QUERIES) + block
+    for index in range(0, tl.load(counts + line)):
+        number = tl.load(numbers + line * key_blocks + index)
+        place = number * KEYS + columns
+        token = tl.load(table + head * places + place)
+        there = token >= 0
+        at = place if SCORES else token
+        key = tl.load(
+            k + image * k_b + head * k_h + at[None, :] * k_n + features[:, None],
+            there[None, :] & inside[:, None], 0.0,
+        )  # fmt: skip
         scores = tl.dot(query, key).to(tl.float32)
-        scores *= step * tl.load(k_scales + which * key_blocks + number)
-        scores = tl.where((token >= 0)[None, :], scores, float("-inf"))
+        if SCORES:
+            scores *= factor * tl.load(k_scales + which * key_blocks + number)
+        else:
+            scores *= factor
+        scores = tl.where(there[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         fresh, before = tl.exp2(scores - base[:, None]), tl.exp2(top - base)
         total = total * before + tl.sum(fresh, 1)
+        at = place if VALUES else token
+        value = tl.load(
+            v + image * v_b + head * v_h + at[:, None] * v_n + features[None, :] * v_d,
+            there[:, None] & inside[None, :], 0.0,
+        )  # fmt: skip
         if VALUES == 0:
-            place = image * v_b + head * v_h + token[:, None] * v_n + features[None, :]
-            value = tl.load(v + place, (token >= 0)[:, None] & inside[None, :], 0.0)
             found = tl.dot(fresh.to(value.dtype), value).to(tl.float32)
+        elif VALUES == 1:
+            share = tl.maximum(tl.max(fresh), 1e-12) / 127.0
+            level = (fresh / share + 12582912.0) - 12582912.0
+            found = tl.dot(level.to(tl.int8), value).to(tl.float32) * share
         else:
-            within = places_k[:, None] * v_n + features[None, :] * v_d
-            where = v + which * places * depth + within
-            by_feature = tl.load(
-                v_scales + (which * key_blocks + number) * depth + features, inside, 0.0
-            )
-            if VALUES == 1:
-                value = tl.load(where, inside[None, :], 0)
-                share = tl.maximum(tl.max(fresh), 1e-12) / 127.0
-                level = (fresh / share + 12582912.0) - 12582912.0
-                found = tl.dot(level.to(tl.int8), value).to(tl.float32) * share
-            else:
-                value = tl.load(where, inside[None, :], 0.0)
-                level = _as_e4m3(fresh * 448.0, INTERPRETED)
-                found = tl.dot(level, value).to(tl.float32) * (1.0 / 448.0)
-            found *= by_feature[None, :]
+            level = _as_e4m3(fresh * 448.0, INTERPRETED)
+            found = tl.dot(level, value).to(tl.float32) * (1.0 / 448.0)
+        if VALUES:
+            by_feature = v_scales + (which * key_blocks + number) * depth + features
+            found *= tl.load(by_feature, inside, 0.0)[None, :]
         # A sum of its own for each block: 8-bit accumulators of some cards keep fewer digits.
         sums = sums * before[:, None] + found
         top = higher
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
-    token = tl.load(table + head * places + rows)
-    place = image * out_b + head * out_h + token[:, None] * out_n + features[None, :]
-    tl.store(place + out, result.to(out.dtype.element_ty), (token >= 0)[:, None] & inside[None, :])
+    target = image * out_b + head * out_h + tokens[:, None] * out_n + features[None, :]
+    tl.store(target + out, result.to(out.dtype.element_ty), real)
