@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["give_back", "peak_allocated", "peak_growth", "peak_resident"]
+__all__ = ["give_back", "peak_allocated", "peak_growth", "peak_on_card", "peak_resident"]
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -61,6 +61,18 @@ def peak_allocated(run: Callable[[], object]) -> int | None:
         done.set()
         watcher.join()
     return max(0, max(peak, _field("RssAnon")) - before)
+
+
+def peak_on_card(run: Callable[[], object]) -> int:
+    """Return the growth of what tensors take on the current CUDA device during a call, bytes."""
+    from torch import cuda
+
+    cuda.synchronize()
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    run()
+    cuda.synchronize()
+    return cuda.max_memory_allocated() - before
 
 
 def peak_resident() -> int | None:

@@ -20,7 +20,7 @@ from dq.bench.timing import Times, interleave, threads_set
 from dq.bench.variants import BASELINE, COMPILED, REFERENCE, Variant, pipelines, variants
 from dq.errors import DQError
 from dq.family import quantizable
-from dq.memory import peak_growth
+from dq.memory import peak_growth, peak_on_card
 from dq.pipelines.footprint import footprint
 from dq.recipe import Recipe
 
@@ -78,7 +78,7 @@ def run(
         raise DQError("whole pipelines are measured as they are: without compiled forms and peers")
     asked = [Recipe.get(recipe) for recipe in recipes]
     others = peers(tuple(against))
-    machine = Machine.here(threads)
+    machine = Machine.here(threads, device)
     measured = {}
     with threads_set(threads):
         for each in map(subject, models):
@@ -137,7 +137,7 @@ def _measurement(
 ) -> Measurement:
     ran = operators(variant)
     count = footprint(variant.model)
-    growth = peak_growth(variant)
+    growth = peak_on_card(variant) if output.is_cuda else peak_growth(variant)
     stored, resident = count.stored_bytes, count.resident_bytes  # 0: a peer that does not tell
     return Measurement(
         milliseconds=times.milliseconds,

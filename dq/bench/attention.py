@@ -54,14 +54,14 @@ class SparseReport:
             dtype = name.split(" ")[0]
             base = dense[f"{dtype} {_DENSE}"]
             took = times.milliseconds
-            rows.append((name, f"{took:.1f}", f"{took / base:.2f}", f"{took / strongest:.2f}"))
+            rows.append((name, f"{took:.2f}", f"{took / base:.2f}", f"{took / strongest:.2f}"))
         images, heads, tokens, depth = self.shape
-        machine = self.machine
+        here = self.machine
         return "\n".join(
             [
                 f"{images} x {heads} heads x {tokens} tokens x {depth}, order and rounding in it",
                 *aligned(rows),
-                f"{machine.cpu}, {machine.threads} threads, torch {machine.torch}, {machine.date}",
+                f"{here.where}, {here.threads} threads, torch {here.torch}, {here.date}",
             ]
         )
 
@@ -120,7 +120,7 @@ def run(
                         few = "" if operands == FLOAT else f" {'/'.join(map(str, operands))}"
                         title = f"{word} {name}{few} @ {density:g}"
                         runs[title] = partial(way.run, q, k, v, scale, blocks, operands)
-    machine = Machine.here(threads)
+    machine = Machine.here(threads, device)
     if device.startswith("cuda"):
         runs = {name: partial(_finished, call) for name, call in runs.items()}
     with threads_set(threads):

@@ -30,6 +30,7 @@ class Machine:
 
     Args:
         cpu: Model name and the instruction sets that matter.
+        card: Model name; None where the CPU computed.
         cores: That the process may use.
         threads: That torch used.
         load: Processes that wanted a core in the minute before, this one included.
@@ -38,6 +39,7 @@ class Machine:
     """
 
     cpu: str
+    card: str | None
     cores: int
     threads: int
     load: float
@@ -47,10 +49,11 @@ class Machine:
     date: str
 
     @classmethod
-    def here(cls, threads: int) -> Self:
+    def here(cls, threads: int, device: str = "cpu") -> Self:
         """Describe this machine, now."""
         return cls(
             cpu=_cpu(),
+            card=torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
             cores=_cores(),
             threads=threads,
             load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
@@ -59,6 +62,11 @@ class Machine:
             dq=dq.__version__,
             date=datetime.date.today().isoformat(),
         )
+
+    @property
+    def where(self) -> str:
+        """The card, or else the CPU."""
+        return self.card or self.cpu
 
 
 def _cores() -> int:
@@ -148,7 +156,7 @@ class Report:
     def __str__(self) -> str:
         here = self.machine
         lines = [
-            f"{here.cpu}, {here.cores} cores, {here.threads} threads, load {here.load}; "
+            f"{here.where}, {here.cores} cores, {here.threads} threads, load {here.load}; "
             f"torch {here.torch}, diffusers {here.diffusers}, dq {here.dq}; {here.date}",
             ", ".join(f"{name} {value}" for name, value in self.settings.items()),
         ]

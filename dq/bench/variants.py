@@ -31,6 +31,9 @@ COMPILED = ", compiled"  # what names of compiled variants end in; their baselin
 _ATTENTION = "bf16+attention"  # the baseline with our attention, but nothing quantized
 _ONEDNN = "fp32-onednn"
 _TRIALS = 3
+_PLAIN = {REFERENCE: torch.float32, _ONEDNN: torch.float32,
+          BASELINE: torch.bfloat16, _ATTENTION: torch.bfloat16}  # fmt: skip
+_FOR_CPUS = (_ONEDNN, _ATTENTION)
 
 
 @dataclass(frozen=True)
@@ -123,13 +126,9 @@ def variants(
         compiled: Whether bfloat16 and the recipes compete once more, compiled as a whole.
         against: Peers by name.
     """
-    models = {
-        REFERENCE: subject.plain(torch.float32, seed),
-        _ONEDNN: subject.plain(torch.float32, seed),
-        BASELINE: subject.plain(torch.bfloat16, seed),
-        _ATTENTION: subject.plain(torch.bfloat16, seed),
-    }
-    attention.install(models[_ATTENTION])
+    models = {name: subject.plain(dtype, seed) for name, dtype in _plain_forms(device).items()}
+    if _ATTENTION in models:
+        attention.install(models[_ATTENTION])
     for recipe in recipes:
         models[recipe.name] = subject.quantized(recipe, seed)
     made = [_variant(name, m.to(device), batch, seed) for name, m in models.items()]
@@ -165,12 +164,10 @@ def pipelines(
     """
     if not isinstance(subject, Checkpoint):
         raise DQError(f"{subject.name} is a denoiser without a pipeline; ask for a checkpoint")
-    pipes = {
-        REFERENCE: subject.pipeline(torch.float32),
-        BASELINE: subject.pipeline(torch.bfloat16),
-        _ATTENTION: subject.pipeline(torch.bfloat16),
-    }
-    attention.install(pipes[_ATTENTION].denoiser)
+    forms = _plain_forms(device)
+    pipes = {name: subject.pipeline(dtype) for name, dtype in forms.items() if name != _ONEDNN}
+    if _ATTENTION in pipes:
+        attention.install(pipes[_ATTENTION].denoiser)
     for recipe in recipes:
         pipes[recipe.name] = subject.pipeline(torch.bfloat16, recipe, seed)
     chosen = repeated(default_prompts(pipes[REFERENCE]), batch)
@@ -186,7 +183,9 @@ def pipelines(
     ]
 
 
-_PLAIN = (REFERENCE, _ONEDNN, BASELINE, _ATTENTION)
+def _plain_forms(device: str) -> dict[str, torch.dtype]:
+    """Return the dtypes of what competes without quantization, by name."""
+    return {n: dtype for n, dtype in _PLAIN.items() if device == "cpu" or n not in _FOR_CPUS}
 
 
 def _variant(name: str, model: nn.Module, batch: int, seed: int) -> Variant:

@@ -333,7 +333,8 @@ def test_the_product_on_cuda_is_that_of_restored_values(
     static: bool, bias: bool, dtype, name: str
 ) -> None:
     x, a = build(static, bias, dtype, name)
-    assert agrees(scaled_mm.linear(x.cuda(), on("cuda", a)).cpu(), x, a)
+    x, a = x.cuda(), on("cuda", a)  # a scale found there may differ by a bit, and a tie then rounds
+    assert agrees(scaled_mm.linear(x, a), x, a)
 
 
 @pytest.mark.gpu

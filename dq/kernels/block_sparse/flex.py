@@ -9,6 +9,7 @@ its limit is raised.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -56,13 +57,20 @@ def _lists(live: Tensor) -> tuple[Tensor, Tensor]:
     return counts[None], numbers[None]
 
 
+def _tiles(blocks: LiveBlocks) -> dict[str, int]:
+    """Return what cards compute at once: their own choice may be more than a block, an error."""
+    queries, keys = blocks.block
+    return {"BLOCK_M": math.gcd(queries, 128), "BLOCK_N": math.gcd(keys, 64)}
+
+
 def _run(
     q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks, operands: Operands
 ) -> Tensor:
     mask = blocks.kept("flex", block_mask)
     operand = (blocks.moved(x).contiguous() for x in (q, k, v))
+    options = _tiles(blocks) if q.is_cuda else None
     with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
-        out: Tensor = _compiled()(*operand, block_mask=mask, scale=scale)
+        out: Tensor = _compiled()(*operand, block_mask=mask, scale=scale, kernel_options=options)
     return blocks.restored(out)
 
 

@@ -122,6 +122,4 @@ def run(
     return out
 
 
-TRITON = ways.add(
-    "triton", Way("triton kernel, blocks skipped", ("cuda",), _serves, run, rank=1)
-)
+TRITON = ways.add("triton", Way("triton kernel, blocks skipped", ("cuda",), _serves, run, rank=1))

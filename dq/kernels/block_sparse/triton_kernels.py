@@ -37,8 +37,8 @@ def round_rows(
     """Round one block of tokens, of one head of one image.
 
     x: `(B, H, N, D)`, features side by side. mean: `(B, H, D)` float32, taken off if CENTRED.
-    table: `(H, L)` int32. out: `(B, H, L, D)` int8 or float8, of strides out_n and out_d. scales: `(B, H, blocks)` float32, or
-    `(B, H, blocks, D)` BY_FEATURE.
+    table: `(H, L)` int32. out: `(B, H, L, D)` int8 or float8, its strides out_n and out_d. scales:
+    `(B, H, blocks)` float32, or `(B, H, blocks, D)` BY_FEATURE.
     """
     block, which = tl.program_id(0), tl.program_id(1)
     image, head = which // heads, which % heads

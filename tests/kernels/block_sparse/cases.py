@@ -17,7 +17,12 @@ CASES = {
     "video": (TokenLayout((2, 3, 4), 3), (32, 16), 72),
 }
 DTYPES = (torch.float32, torch.float16)  # the interpreter's products of bfloat16 are wrong
-FORMATS = ((None, None, None), ("int8", None, None), ("int8", "int8", "uint7"), ("int8", "e4m3", "e4m3"))
+FORMATS = (
+    (None, None, None),
+    ("int8", None, None),
+    ("int8", "int8", "uint7"),
+    ("int8", "e4m3", "e4m3"),
+)
 
 
 def sparse(
