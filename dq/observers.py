@@ -16,7 +16,7 @@ from dq.registry import Registry
 from dq.scales import scales_of_range
 from dq.spec import TensorSpec
 
-__all__ = ["MSE", "AbsMax", "Observer", "Percentile", "observers"]
+__all__ = ["MSE", "AbsMax", "Observer", "Percentile", "check_finite", "observers"]
 
 
 class Observer(Protocol):
@@ -36,6 +36,16 @@ class Observer(Protocol):
 
 
 observers: Registry[type[Observer]] = Registry("observer")
+
+
+def check_finite(x: Tensor) -> None:
+    """Refuse values that no range holds; compiled code, which cannot look, passes them on.
+
+    Raises:
+        DQError: If there is one.
+    """
+    if not torch.compiler.is_compiling() and not bool(x.isfinite().all()):
+        raise DQError("the tensor holds values that are not finite; repair the model or its inputs")
 
 
 @observers.register("absmax")
@@ -58,10 +68,8 @@ class AbsMax:
         if self._low is None or self._high is None:
             raise DQError("no data was observed; run calibration on inputs that reach this layer")
         # Here, where everything has been seen: a range that cuts off the ends would cut off NaN.
-        if not bool((self._low.isfinite() & self._high.isfinite()).all()):
-            raise DQError(
-                "the tensor holds values that are not finite; repair the model or its inputs"
-            )
+        check_finite(self._low)
+        check_finite(self._high)
         return self._low, self._high
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dq.bases import decode_signs, encode_signs, fit_signs
 from dq.blocks import float_blocks, integer_blocks, outer_scale
 from dq.errors import DQError
-from dq.observers import observers
+from dq.observers import check_finite, observers
 from dq.scales import Scales, scales_of_range
 from dq.spec import TensorSpec
 
@@ -25,7 +25,6 @@ _STRIP = 1 << 18  # elements worked on together
 # The largest value of a row, divided by the scale that was made of it, may come out a rounding
 # error above the last level. It does not saturate, and its gradient must not be lost.
 _EDGE = 1 + 1e-6
-_NOT_FINITE = "the tensor holds values that are not finite; repair the model or its inputs"
 
 
 def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
@@ -48,8 +47,7 @@ def choose_scales(x: Tensor, spec: TensorSpec) -> Scales:
     if not spec.has_float_blocks:
         return Scales.stack([_ranged(x[part], spec) for part in _strips(x)])
     reach = x.abs().amax(1, keepdim=True)
-    if not bool(reach.isfinite().all()):
-        raise DQError(_NOT_FINITE)
+    check_finite(reach)
     outer = Scales(outer_scale(reach, spec))
     found = [
         float_blocks(_blocks(x[part].float(), spec), outer.rows(part).scale, spec)
@@ -68,8 +66,7 @@ def _ranged(x: Tensor, spec: TensorSpec) -> Scales:
     """Choose by the range that the spec's observer finds."""
     parts = _blocks(x.float(), spec)
     if spec.is_binary:
-        if not bool(parts.isfinite().all()):
-            raise DQError(_NOT_FINITE)
+        check_finite(parts)
         scales = fit_signs(parts, spec.bases, not spec.symmetric)
         return scales if spec.scale_grid is None else integer_blocks(parts, scales.scale, spec)
     shape = parts.shape[:2]

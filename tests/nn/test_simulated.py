@@ -50,6 +50,16 @@ def test_the_output_is_that_of_the_rounded_input(name: str, spec: TensorSpec) ->
     assert torch.equal(simulated(x), run(layer, rounded, weight))
 
 
+@pytest.mark.parametrize("name", ["linear", "strided conv"])
+@pytest.mark.parametrize("spec", [spec for spec in INPUTS if spec.dynamic], ids=str)
+def test_inputs_rounded_on_the_fly_compile_in_one_graph(name: str, spec: TensorSpec) -> None:
+    """Cards have no kernel for some of these; a look at the values would break the graph."""
+    layer, x = build(name)
+    simulated = simulate(layer, LayerSpec(INT8, spec))
+    compiled = torch.compile(simulated, backend="aot_eager", fullgraph=True)
+    assert relative_error(compiled(x), simulated(x)) < 1e-4
+
+
 @each
 @pytest.mark.parametrize("low", [None, STATIC, DYNAMIC], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -91,7 +91,8 @@ def attend(
     inside = features < depth
     tokens = tl.load(table + head * places + rows)
     real = (tokens >= 0)[:, None] & inside[None, :]
-    # What was rounded lies at its place in the order, what was not where its token is.
+    # What was rounded lies at its place in the order, what was not where its token is. The former
+    # holds zeros where no token is: a mask that changes along it would triple the time.
     home = rows if SCORES else tokens
     query = tl.load(
         q + image * q_b + head * q_h + home[:, None] * q_n + features[None, :], real, 0.0
@@ -110,7 +111,7 @@ def attend(
         at = place if SCORES else token
         key = tl.load(
             k + image * k_b + head * k_h + at[None, :] * k_n + features[:, None],
-            there[None, :] & inside[:, None], 0.0,
+            inside[:, None] if SCORES else there[None, :] & inside[:, None], 0.0,
         )  # fmt: skip
         scores = tl.dot(query, key).to(tl.float32)
         if SCORES:
@@ -125,7 +126,7 @@ def attend(
         at = place if VALUES else token
         value = tl.load(
             v + image * v_b + head * v_h + at[:, None] * v_n + features[None, :] * v_d,
-            there[:, None] & inside[None, :], 0.0,
+            inside[None, :] if VALUES else there[:, None] & inside[None, :], 0.0,
         )  # fmt: skip
         if VALUES == 0:
             found = tl.dot(fresh.to(value.dtype), value).to(tl.float32)
