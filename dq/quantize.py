@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dq.bases import decode_signs, encode_signs, fit_signs
 from dq.blocks import float_blocks, integer_blocks, outer_scale
-from dq.errors import DQError
 from dq.observers import check_finite, observers
 from dq.scales import Scales, scales_of_range
 from dq.spec import TensorSpec

@@ -51,9 +51,11 @@ def test_the_output_is_that_of_the_rounded_input(name: str, spec: TensorSpec) ->
 
 
 @pytest.mark.parametrize("name", ["linear", "strided conv"])
-@pytest.mark.parametrize("spec", [spec for spec in INPUTS if spec.dynamic], ids=str)
+@pytest.mark.parametrize("spec", [spec for spec in INPUTS if spec.dynamic][::4], ids=str)
+@torch.no_grad()
 def test_inputs_rounded_on_the_fly_compile_in_one_graph(name: str, spec: TensorSpec) -> None:
     """Cards have no kernel for some of these; a look at the values would break the graph."""
+    torch._dynamo.reset()  # it counts compilations of the same code
     layer, x = build(name)
     simulated = simulate(layer, LayerSpec(INT8, spec))
     compiled = torch.compile(simulated, backend="aot_eager", fullgraph=True)
