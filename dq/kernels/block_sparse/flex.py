@@ -1,4 +1,4 @@
-"""FlexAttention, compiled: fast on cards without 8-bit kernels, and in float32 on CPUs.
+"""FlexAttention, compiled: a second way to leave blocks out, on cards and in float32 on CPUs.
 
 The first call of each shape compiles, for seconds. Two traps are avoided: uncompiled, it takes no
 notice of lists of blocks, and looks at the mask function alone, so that this one says the whole

@@ -26,7 +26,11 @@ FORMATS = (
 
 
 def sparse(
-    layout: TokenLayout, heads: int, block: tuple[int, int], density: float = 0.5
+    layout: TokenLayout,
+    heads: int,
+    block: tuple[int, int],
+    density: float = 0.5,
+    device: str = "cpu",
 ) -> LiveBlocks:
     """Return random masks, heads in different orders."""
     orders = candidates(layout.grid, tiles=True)
@@ -35,7 +39,7 @@ def sparse(
     live = torch.rand(heads, size // block[0], size // block[1]) < density
     for row in range(live.shape[1]):
         live[:, row, row * block[0] // block[1]] = True
-    return LiveBlocks(torch.stack(tables), live, block)
+    return LiveBlocks(torch.stack(tables).to(device), live.to(device), block)
 
 
 def operands(tokens: int, heads: int, depth: int, dtype: torch.dtype) -> list[Tensor]:

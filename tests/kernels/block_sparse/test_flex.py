@@ -8,7 +8,6 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dq.kernels.block_sparse import FLOAT, flex, ways
 from dq.kernels.block_sparse.flex import block_mask
-from dq.kernels.live_blocks import LiveBlocks
 from dq.tokens import TokenLayout
 from tests.kernels.block_sparse.cases import operands, sparse
 
@@ -43,8 +42,7 @@ def test_cards_take_blocks_of_any_size(block: tuple[int, int]) -> None:
     torch.manual_seed(0)
     layout = TokenLayout((19, 23), 77, text_first=True)
     q, k, v = (x.cuda() for x in operands(layout.tokens, 4, 64, torch.bfloat16))
-    here = sparse(layout, 4, block)
-    blocks = LiveBlocks(here.table.cuda(), here.live.cuda(), block)
+    blocks = sparse(layout, 4, block, device="cuda")
     made = ways["flex"].run(q, k, v, 0.12, blocks, FLOAT).float()
     wanted = ways["sdpa"].run(q, k, v, 0.12, blocks, FLOAT).float()
     assert float((made - wanted).norm() / wanted.norm()) < 0.01

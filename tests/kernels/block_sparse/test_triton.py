@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dq.kernels.block_sparse import Operands, block_sparse_attention, ways
-from dq.kernels.live_blocks import LiveBlocks
 from dq.tokens import TokenLayout
 from tests.kernels.block_sparse.cases import FORMATS, operands, sparse
 
@@ -61,8 +60,7 @@ def test_cards_compute_what_the_reference_defines(
     torch.manual_seed(0)
     layout = TokenLayout((19, 23), 77, text_first=True)
     q, k, v = (x.cuda() for x in operands(layout.tokens, 4, 72, dtype))
-    here = sparse(layout, 4, block)
-    blocks = LiveBlocks(here.table.cuda(), here.live.cuda(), block)
+    blocks = sparse(layout, 4, block, device="cuda")
     wanted = ways["by-block"].run(q, k, v, 0.12, blocks, Operands(*formats)).float()
     made = block_sparse_attention(q, k, v, 0.12, blocks, Operands(*formats), "triton").float()
     assert float((made - wanted).norm() / wanted.norm()) < 0.02
