@@ -118,8 +118,8 @@ class Gallery:
             differing += ["model"] if there.model != self.model else []
             if differing:
                 raise DQError(
-                    f"{self.folder} holds images of another {', '.join(differing)}; choose another "
-                    "folder, or delete this one"
+                    f"{self.folder} holds other images: they differ in {', '.join(differing)}; "
+                    "choose another folder, or delete this one"
                 )
             return
         if self.folder.is_dir() and any(self.folder.iterdir()):

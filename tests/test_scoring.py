@@ -112,7 +112,7 @@ def test_another_pipeline_is_a_reference(scored: tuple[Path, Done]) -> None:
         (("--metrics", "fdi"), "Did you mean 'fid'"),
         (("--features", "incepton"), "Did you mean 'inception'"),
         (("--max", "fid"), "expected a metric and a number"),
-        (("--steps", "3"), "holds images of another steps"),
+        (("--steps", "3"), "they differ in steps"),
         (("--resize", "cleen"), "clean"),
     ],
 )

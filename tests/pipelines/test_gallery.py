@@ -118,13 +118,13 @@ def test_accelerate_launch_draws_the_same(tmp_path: Path) -> None:
 )
 def test_other_settings_need_another_folder(tmp_path: Path, pipe, change: dict, word: str) -> None:
     Gallery(tmp_path / "g", "sd32", SETTINGS).open()
-    with pytest.raises(DQError, match=rf"holds images of another {word}; choose another folder"):
+    with pytest.raises(DQError, match=rf"they differ in {word}; choose another folder"):
         drawn(tmp_path / "g", pipe, **change)
 
 
 def test_other_models_and_other_files_too(tmp_path: Path) -> None:
     Gallery(tmp_path / "g", "sd32", SETTINGS).open()
-    with pytest.raises(DQError, match="holds images of another model"):
+    with pytest.raises(DQError, match="they differ in model"):
         Gallery(tmp_path / "g", "sdxl", SETTINGS).open()
     (tmp_path / "h").mkdir()
     (tmp_path / "h" / "precious.txt").write_text("mine")
