@@ -6,19 +6,17 @@ replayed: every method sees the same calls, in the same order, whatever else it 
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from dq.calls import Call, captured, flatten, run, unflatten
 from dq.errors import DQError
 from dq.full_precision import full_precision
 from dq.nn import describe
@@ -26,23 +24,11 @@ from dq.nn.steps import noted
 from dq.plan import LayerSpec, Plan
 from dq.progress import track
 from dq.ranges import InputObserver, InputRange, InputRanges
+from dq.taps import tap_inputs
 from dq.transform import NO_TRANSFORM, Transform
 from dq.work import Work
 
-__all__ = [
-    "Calibration",
-    "CalibrationSpec",
-    "Call",
-    "NeedsData",
-    "Source",
-    "flatten",
-    "run",
-    "tap_inputs",
-    "tap_outputs",
-    "unflatten",
-]
-
-Call = dict[str, Any]  # the keyword arguments of one forward call of the denoiser
+__all__ = ["Calibration", "CalibrationSpec", "NeedsData", "Source"]
 
 
 @dataclass(frozen=True)
@@ -113,111 +99,6 @@ class Source(Protocol):
         """Return JSON values that change with whatever reaches the denoiser."""
 
 
-@contextmanager
-def tap_inputs(
-    layers: Mapping[str, nn.Module], seen: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """While active, call `seen(name, input)` at each forward call of the named layers."""
-
-    def hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen(name, args[0].detach())
-
-    with _removed([m.register_forward_pre_hook(partial(hook, n)) for n, m in layers.items()]):
-        yield
-
-
-@contextmanager
-def tap_outputs(
-    layers: Mapping[str, nn.Module], seen: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """While active, call `seen(name, output)` at each forward call of the named layers."""
-
-    def hook(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen(name, output)
-
-    with _removed([m.register_forward_hook(partial(hook, n)) for n, m in layers.items()]):
-        yield
-
-
-@contextmanager
-def _removed(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end."""
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-@contextmanager
-def _captured(model: nn.Module, calls: list[Call]) -> Iterator[None]:
-    """While active, append the arguments of each call of `model`, bound to their names."""
-    signature = inspect.signature(model.forward)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = signature.bind(*args, **kwargs).arguments
-        calls.append({k: _detached(v) for k, v in bound.items() if k != "return_dict"})
-
-    with _removed([model.register_forward_pre_hook(hook, with_kwargs=True)]):
-        yield
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, Mapping):
-        return {k: _detached(v) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(map(_detached, value))
-    return value
-
-
-def flatten(call: Call) -> dict[str, Tensor]:
-    """Return the tensors of a call under dotted names; what is not a tensor must be None.
-
-    Members of a tuple are called #0, #1 and so on.
-    """
-    flat: dict[str, Tensor] = {}
-    for key, value in call.items():
-        if isinstance(value, Tensor):
-            flat[key] = value
-        elif isinstance(value, Mapping):
-            flat |= {f"{key}.{k}": v for k, v in flatten(dict(value)).items()}
-        elif isinstance(value, tuple):
-            members = {f"#{index}": member for index, member in enumerate(value)}
-            flat |= {f"{key}.{k}": v for k, v in flatten(members).items()}
-        elif isinstance(value, (int, float)):
-            flat[key] = torch.tensor(value)
-        elif value is not None:
-            raise DQError(
-                f"argument {key!r} of the denoiser is a {type(value).__name__}: "
-                "calibration can replay tensors, numbers, and dictionaries and tuples of them"
-            )
-    return flat
-
-
-def unflatten(flat: Mapping[str, Tensor]) -> Call:
-    """Invert `flatten`."""
-    call: Call = {}
-    for key, value in flat.items():
-        *path, leaf = key.split(".")
-        place = call
-        for name in path:
-            place = place.setdefault(name, {})
-        place[leaf] = value
-    return {key: _with_tuples(value) for key, value in call.items()}
-
-
-def _with_tuples(value: Any) -> Any:
-    """Turn dictionaries whose keys are #0, #1 and so on into tuples."""
-    if not isinstance(value, dict):
-        return value
-    made = {key: _with_tuples(member) for key, member in value.items()}
-    if not all(key.startswith("#") for key in made):
-        return made
-    return tuple(made[f"#{index}"] for index in range(len(made)))
-
-
 @dataclass
 class Calibration:
     """Captured calls of one denoiser in full precision, made when first asked for.
@@ -269,7 +150,7 @@ class Calibration:
         stored = self.work.load(stage)
         if stored is None:
             calls: list[Call] = []
-            with full_precision(self.model), _captured(self.model, calls):
+            with full_precision(self.model), captured(self.model, calls):
                 source.run(self.spec, batch)
             if not calls:
                 raise DQError("the pipeline drew images without calling its denoiser")
@@ -290,7 +171,7 @@ class Calibration:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return _device(self.model)
+        return next(self.model.parameters()).device
 
     def input_ranges(
         self, plan: Plan, transforms: Mapping[str, Transform] = MappingProxyType({})
@@ -360,27 +241,3 @@ class Calibration:
             for key, value in watcher.range()._asdict().items()
             if value is not None
         }
-
-
-def run(model: nn.Module, call: Call) -> Tensor:
-    """Run a denoiser on captured arguments, where it lies, and return its output."""
-    # Not every denoiser has the choice: some return the tensor itself.
-    plain = "return_dict" in inspect.signature(model.forward).parameters
-    options = {"return_dict": False} if plain else {}
-    output: Any = model(**_moved(call, _device(model)), **options)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {k: _moved(v, device) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
-    return value

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import Calibration, tap_inputs
+from dq.calibrate import Calibration
 from dq.errors import DQError
 from dq.nn import describe
+from dq.taps import tap_inputs
 
 __all__ = ["ChannelRange", "Seen", "look"]
 

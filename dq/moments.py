@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq.calibrate import Calibration, tap_inputs
+from dq.calibrate import Calibration
 from dq.errors import DQError, inside
 from dq.nn import QuantLayer, describe
 from dq.nn.changed import padded
 from dq.nn.kept import others
+from dq.taps import tap_inputs
 
 __all__ = ["second_moments", "unfolded"]
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import CalibrationSpec, run
+from dq.calibrate import CalibrationSpec
+from dq.calls import run
 from dq.errors import DQError
 from dq.family import family_of
 

@@ -73,11 +73,8 @@ def noised(pipe: Any, denoiser: nn.Module, files: Sequence[Path], seed: int) -> 
         seen = _with_noise(pipe.scheduler, latents, noise, torch.as_tensor(time)).to(drawn)
         return ((seen, *args[1:]), kwargs) if args else (args, {**kwargs, name: seen})
 
-    handle = denoiser.register_forward_pre_hook(exchange, with_kwargs=True, prepend=True)
-    try:
+    with denoiser.register_forward_pre_hook(exchange, with_kwargs=True, prepend=True):
         yield
-    finally:
-        handle.remove()
 
 
 def _check(pipe: Any, drawn: Any) -> None:

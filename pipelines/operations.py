@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import Call, run
+from dq.calls import Call, run
 from dq.family import quantizable
 from dq.nn import PackedLayer, matrix_shape
+from dq.taps import hooked
 
 __all__ = ["Operations", "operations"]
 
@@ -70,12 +71,8 @@ def operations(model: nn.Module, call: Call) -> Operations:
         macs[name] = macs.get(name, 0) + output.numel() * matrix_shape(layer)[1]
 
     layers = quantizable(model)
-    hooks = [each.register_forward_hook(partial(seen, name)) for name, each in layers.items()]
-    try:
+    with hooked([each.register_forward_hook(partial(seen, n)) for n, each in layers.items()]):
         run(model, call)
-    finally:
-        for hook in hooks:
-            hook.remove()
     exact = bits = 0
     for name, count in macs.items():
         layer = layers[name]

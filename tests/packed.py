@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from dq import DQError, checkpoints
-from dq.calibrate import run
+from dq.calls import run
 from dq.family import family_of
 from tests.models import MODELS, ModelCase
 from tests.models.parts import finish

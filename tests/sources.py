@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.calibrate import CalibrationSpec, run
+from dq.calibrate import CalibrationSpec
+from dq.calls import run
 from dq.family import family_of
 from tests.models import ModelCase
 

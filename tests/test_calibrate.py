@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration, CalibrationSpec, tap_inputs
+from dq.calibrate import Calibration, CalibrationSpec
 from dq.errors import DQError
 from dq.plan import LayerSpec, Plan
 from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec
+from dq.taps import tap_inputs
 from dq.work import Work
 from tests.sources import Drawing
 
@@ -121,13 +122,6 @@ def test_ranges_are_those_of_all_inputs_seen() -> None:
     inputs = torch.cat(seen["last"])
     assert ranges["last"] == (inputs.min(), inputs.max(), None)
     assert ranges["conv"][0].shape == (2,)
-
-
-def test_taps_are_removed_also_after_an_error() -> None:
-    model = Net()
-    with pytest.raises(KeyError), tap_inputs({"conv": model.conv}, lambda name, x: None):
-        raise KeyError
-    assert not model.conv._forward_pre_hooks
 
 
 def test_data_is_not_asked_for_without_static_inputs() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dq import DQPipeline, Recipe
-from dq.calibrate import CalibrationSpec, run
+from dq.calibrate import CalibrationSpec
+from dq.calls import run
 from dq.nn import PackedLayer, packed_layers
 from tests.packed import CASES, FOLDERS, met, relative_error
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dq.calibrate import run
+from dq.calls import run
 from dq.engine import decide, quantize
 from dq.errors import DQError
 from dq.family import family_of, quantizable

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dq import attention
-from dq.calibrate import run
+from dq.calls import run
 from dq.engine import start
 from dq.family import family_of
 from dq.full_precision import as_float32, floated, full_precision

@@ -13,7 +13,7 @@ LAYERS = (  # from the bottom; modules of a package share its layer
     "dq.formats dq.block_formats dq.transform dq.spec dq.blocks dq.bases dq.quantize dq.scales "
     "dq.observers dq.storage dq.presets dq.rounding dq.binarizers dq.tokens dq.kernels",
     "dq.plan dq.attention_spec",
-    "dq.nn dq.checksum dq.arrivals dq.attention dq.calibrate dq.family dq.runtime "
+    "dq.nn dq.checksum dq.arrivals dq.attention dq.taps dq.calls dq.calibrate dq.family dq.runtime "
     "dq.full_precision dq.inputs dq.ranges dq.trial dq.moments dq.sensitivity dq.tuning",
     "dq.method dq.engine dq.recipe dq.integration dq.registration",
     "dq.methods dq.export",

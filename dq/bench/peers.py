@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import run
+from dq.calls import run
 from dq.errors import DQError, unknown
 from dq.family import family_of
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dq.calibrate import Call, run
+from dq.calls import Call, run
 from dq.errors import DQError
 from dq.full_precision import as_float32
 from dq.presets import FLOAT

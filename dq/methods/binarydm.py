@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dq.binarizers import Binarizer, binarizers
 from dq.binarizers.estimators import estimators
-from dq.calibrate import Call, run, tap_inputs
+from dq.calls import Call, run
 from dq.errors import DQError, unknown
 from dq.family import check_roles, quantizable
 from dq.full_precision import full_precision
@@ -30,6 +30,7 @@ from dq.nn import Quantizer
 from dq.nn.layers import Layer, input_channels
 from dq.plan import LayerSpec, Plan
 from dq.spec import Granularity, TensorSpec
+from dq.taps import tap_inputs
 from dq.tuning.binarized import Binarized
 from dq.tuning.distill import Distillation
 from dq.tuning.loop import Group, tune

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration, Call
+from dq.calibrate import Calibration
+from dq.calls import Call
 from dq.errors import DQError, unknown
 from dq.family import Role
 from dq.full_precision import as_float32, floated

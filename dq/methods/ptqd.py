@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dq.calibrate import Call, run, tap_outputs
+from dq.calls import Call, run
 from dq.errors import DQError
 from dq.full_precision import full_precision
 from dq.method import Job, Method, methods
@@ -26,6 +26,7 @@ from dq.methods.step_groups import captured_times, centres
 from dq.nn import QuantLayer
 from dq.plan import LayerSpec, Plan
 from dq.spec import Granularity, TensorSpec
+from dq.taps import tap_outputs
 
 __all__ = ["PTQD", "Moments", "correction"]
 

@@ -11,7 +11,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dq.calibrate import Calibration, Call
+from dq.calibrate import Calibration
+from dq.calls import Call
 from dq.errors import DQError, unknown
 from dq.family import Role
 from dq.method import Job, Method, methods

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import dq
 from dq import checkpoints
-from dq.calibrate import Call
+from dq.calls import Call
 from dq.errors import DQError, unknown
 from dq.eval.clip import Clip
 from dq.eval.features import Extractor, extractors

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dq.calibrate import Calibration, CalibrationSpec, Call, run
+from dq.calibrate import Calibration, CalibrationSpec
+from dq.calls import Call, run
 from dq.pipelines.draw import PipelineSource
 from dq.pipelines.gallery import Settings
 from dq.progress import track

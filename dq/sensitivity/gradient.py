@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import Call, run
+from dq.calls import Call, run
 from dq.sensitivity.probe import Noise, Probe
 from dq.sensitivity.shares import shared
+from dq.taps import hooked
 from dq.work import Work
 
 __all__ = ["estimate"]
@@ -90,15 +91,9 @@ class _Estimate:
                 y.requires_grad_()
             y.register_hook(partial(self._meet, name, args[0].detach(), y.detach()))
 
-        handles = [
-            self.probe.layer(name).register_forward_hook(partial(hook, name))
-            for name in self.layers
-        ]
-        try:
+        layers = {name: self.probe.layer(name) for name in self.layers}
+        with hooked([m.register_forward_hook(partial(hook, n)) for n, m in layers.items()]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def _meet(self, name: str, x: Tensor, y: Tensor, gradient: Tensor) -> None:

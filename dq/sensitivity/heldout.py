@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import CalibrationSpec, Call, Source, run
+from dq.calibrate import CalibrationSpec, Source
+from dq.calls import Call, run
 from dq.distance import sqnr
 from dq.nn import QuantLayer, install, uninstall
 from dq.presets import FLOAT

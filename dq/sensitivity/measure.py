@@ -13,7 +13,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import Call
+from dq.calls import Call
 from dq.nn.swap import exchanged
 from dq.sensitivity.prefix import Prefix, stages
 from dq.sensitivity.probe import Noise, Probe

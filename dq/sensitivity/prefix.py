@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import run
+from dq.calls import run
 from dq.family import quantizable
+from dq.taps import hooked
 
 __all__ = ["Prefix", "stages"]
 
@@ -78,11 +79,8 @@ class Prefix:
         for name, module in self.modules.items():
             handles.append(module.register_forward_pre_hook(partial(self._begin, name)))
             handles.append(module.register_forward_hook(partial(self._end, name)))
-        try:
+        with hooked(handles):
             self._output = self._run(arguments)
-        finally:
-            for handle in handles:
-                handle.remove()
         return self._output
 
     def _begin(self, name: str, module: nn.Module, args: Any) -> None:

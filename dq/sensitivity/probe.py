@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dq.calibrate import Call
+from dq.calls import Call
 from dq.errors import inside
 from dq.nn import QuantConv2d, QuantLinear
 from dq.nn.layers import Layer

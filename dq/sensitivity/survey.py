@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dq.calibrate import Calibration, Call
+from dq.calibrate import Calibration
+from dq.calls import Call
 from dq.errors import DQError, unknown
 from dq.folders import cache_folder
 from dq.full_precision import as_float32, floated

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import run
+from dq.calls import run
 from dq.family import quantizable
 from dq.nn import matrix_shape
+from dq.taps import hooked
 
 __all__ = ["Trace", "trace"]
 
@@ -69,10 +70,7 @@ def trace(model: nn.Module, arguments: Mapping[str, Any]) -> Trace:
 
     handles = [m.register_forward_pre_hook(partial(begin, n)) for n, m in model.named_modules()]
     handles += [m.register_forward_hook(partial(end, n)) for n, m in layers.items()]
-    try:
+    with hooked(handles):
         run(model, dict(arguments))
-    finally:
-        for handle in handles:
-            handle.remove()
     found.sharing = [tuple(group) for group in groups if len(group) > 1]
     return found

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq.calibrate import Call, run, tap_inputs, tap_outputs
+from dq.calls import Call, run
 from dq.full_precision import full_precision
 from dq.progress import track
+from dq.taps import tap_inputs, tap_outputs
 from dq.tuning.loop import Group, Schedule, tune
 from dq.tuning.samples import Samples
 from dq.work import Work

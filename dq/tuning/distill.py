@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dq.calibrate import Call, run, tap_outputs
+from dq.calls import Call, run
 from dq.full_precision import full_precision
 from dq.nn import exchanged, plain_layers
+from dq.taps import tap_outputs
 
 __all__ = ["Distance", "Distillation", "Local", "sum_of_errors"]
 

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from dq.calibrate import Call
+from dq.calls import Call
 from dq.errors import DQError
 from dq.progress import track
 from dq.tuning.samples import Samples

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dq.calibrate import Call, flatten, unflatten
+from dq.calls import Call, flatten, unflatten
 from dq.errors import DQError
 
 __all__ = ["Samples"]

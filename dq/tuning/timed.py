@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import Call, run, tap_outputs
+from dq.calls import Call, run
 from dq.full_precision import full_precision
 from dq.nn.steps import ARGUMENT
+from dq.taps import tap_outputs
 
 __all__ = ["outputs_over_time"]
 

@@ -26,7 +26,7 @@ def _native_again() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_a_model_takes_the_backend_by_name(name: str) -> None:
-    from dq.calibrate import run
+    from dq.calls import run
     from dq.family import family_of
 
     case = {**MODELS, **VIDEOS}[name]

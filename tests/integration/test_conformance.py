@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from dq import DQConfig, DQPipeline
-from dq.calibrate import run
+from dq.calls import run
 from dq.family import family_of, quantizable
 from dq.nn import packed_layers
 from dq.pipelines.footprint import footprint

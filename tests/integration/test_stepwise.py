@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dq import DQPipeline
-from dq.calibrate import run
+from dq.calls import run
 from dq.family import family_of
 from dq.nn import packed_layers
 from dq.pipelines.footprint import footprint

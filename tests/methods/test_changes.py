@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration, CalibrationSpec, run, tap_inputs
+from dq.calibrate import Calibration, CalibrationSpec
+from dq.calls import run
 from dq.distance import relative_error
 from dq.engine import decide, quantize, start
 from dq.errors import DQError
@@ -28,6 +29,7 @@ from dq.plan import LayerSpec
 from dq.presets import input_preset, weight_preset
 from dq.ranges import InputRange
 from dq.recipe import Recipe
+from dq.taps import tap_inputs
 from dq.transform import NO_TRANSFORM, Transform
 from dq.trial import output_error
 from dq.work import Work

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dq import attention
-from dq.calibrate import CalibrationSpec, run
+from dq.calibrate import CalibrationSpec
+from dq.calls import run
 from dq.engine import quantize
 from dq.errors import DQError
 from dq.family import family_of

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration, CalibrationSpec, run
+from dq.calibrate import Calibration, CalibrationSpec
+from dq.calls import run
 from dq.engine import quantize
 from dq.errors import DQError
 from dq.family import family_of

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import CalibrationSpec, Call, NeedsData, run
+from dq.calibrate import CalibrationSpec, NeedsData
+from dq.calls import Call, run
 from dq.engine import quantize
 from dq.errors import DQError
 from dq.family import Role, family_of

@@ -17,7 +17,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dq import DQConfig, DQPipeline
-from dq.calibrate import Calibration, CalibrationSpec, Call, NeedsData
+from dq.calibrate import Calibration, CalibrationSpec, NeedsData
+from dq.calls import Call
 from dq.distance import sqnr
 from dq.engine import decide, quantize
 from dq.errors import DQError

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dq.calibrate import Calibration, CalibrationSpec, run
+from dq.calibrate import Calibration, CalibrationSpec
+from dq.calls import run
 from dq.family import Role, families, family_of, quantizable
 from dq.pipelines.draw import PipelineSource, draw
 from dq.pipelines.noise import NoiseSource

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from dq import DQPipeline
-from dq.calibrate import Calibration, CalibrationSpec, Call
+from dq.calibrate import Calibration, CalibrationSpec
+from dq.calls import Call
 from dq.errors import DQError
 from dq.methods.ptq import PTQ
 from dq.pipelines.draw import PipelineSource

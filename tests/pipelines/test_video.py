@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dq import DQPipeline
-from dq.calibrate import CalibrationSpec, run
+from dq.calibrate import CalibrationSpec
+from dq.calls import run
 from dq.family import Role, family_of, quantizable
 from dq.methods.paro import PARO
 from dq.methods.ptq import PTQ

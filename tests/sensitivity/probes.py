@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dq.calibrate import Calibration, CalibrationSpec, run
+from dq.calibrate import Calibration, CalibrationSpec
+from dq.calls import run
 from dq.family import family_of
 from dq.sensitivity.candidates import Candidates
 from dq.sensitivity.probe import Probe

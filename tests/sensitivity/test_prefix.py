@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dq.calibrate import run
+from dq.calls import run
 from dq.family import family_of, quantizable
 from dq.sensitivity.prefix import Prefix, stages
 from dq.sensitivity.trace import trace

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dq.calibrate import Call
+from dq.calls import Call
 from dq.engine import start
 from dq.family import family_of
 from dq.methods.ptq import PTQ

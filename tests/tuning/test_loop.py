@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dq.calibrate import Call
+from dq.calls import Call
 from dq.errors import DQError
 from dq.tuning.loop import Group, Schedule, tune
 from dq.tuning.samples import Samples

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dq.calibrate import Call
+from dq.calls import Call
 from dq.errors import DQError
 from dq.tuning.samples import Samples
 
