@@ -1,126 +1,30 @@
-"""How dq plugs into diffusers: a quantizer and its config, in the loader's own two mappings.
-
-diffusers has no call to register a quantizer; `register` writes into the two dictionaries that
-decide. The order in which its loader calls the members below is fixed (diffusers 0.42): `__init__`,
-`update_torch_dtype`, `maybe_update_loaded_keys`, `_process_model_before_weight_loading`, then for
-each file `maybe_update_state_dict` and for each tensor `check_if_quantized_param` and
-`create_quantized_param`, at the end `_process_model_after_weight_loading`. `from_single_file` calls
-`maybe_update_state_dict` first of all, and always claims that the file is quantized already.
-"""
+"""What builds packed layers while diffusers loads a denoiser."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
-from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from dq import attention, checksum, runtime
 from dq.arrivals import Arrivals, leaf
-from dq.attention import dispatcher
 from dq.engine import decide
-from dq.errors import DQError, check_known, inside
+from dq.errors import DQError, inside
+from dq.integration.alignment import align
+from dq.integration.config import DQConfig, forget, record
 from dq.memory import give_back
 from dq.nn import describe, empty_packed, packed_layers, unpack_model
 from dq.nn.packed import packed
 from dq.nn.stored import COMPANIONS
 from dq.nn.swap import replace
 from dq.nn.token_site import TOKEN_TENSORS
-from dq.plan import Plan
-from dq.recipe import Recipe
 
-__all__ = ["DQConfig", "DQQuantizer", "attach", "detach"]
+__all__ = ["DQQuantizer"]
 
-_ALIGNMENT = 64  # of torch's own allocations, bytes
 _GIVE_BACK = 1 << 22  # bytes of float weights after which freed memory goes back to the system
-_KEYS = ("recipe", "plan", "digest", "version")
-
-
-class _Method(str, Enum):  # noqa: UP042 - the loader compares with plain strings and asks for .value
-    DQ = "dq"
-
-
-class DQConfig(QuantizationConfigMixin):
-    """What stands in a denoiser's `config.json` under `quantization_config`.
-
-    Args:
-        recipe: For float checkpoints: a data-free recipe, by name, file, dictionary or object.
-        plan: For quantized ones: the plan, as an object or as JSON values.
-        digest: Checksum of all packed tensors, 8 hex digits; None leaves it unchecked.
-        version: Of the plan format, written beside the plan.
-
-    Raises:
-        DQError: If neither or both of recipe and plan are given, or one of them is not valid.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
-        plan: Plan | Mapping[str, Any] | None = None,
-        digest: str | None = None,
-        version: int | None = None,
-    ) -> None:
-        if (recipe is None) == (plan is None):
-            raise DQError("DQConfig takes a recipe or a plan, and one of them only")
-        self.quant_method = _Method.DQ
-        self.recipe = None if recipe is None else Recipe.get(recipe)
-        self.plan = _plan(plan, version)
-        self.digest = digest
-
-    @classmethod
-    def from_dict(
-        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """Invert `to_dict`."""
-        values = {k: v for k, v in config_dict.items() if k != "quant_method"}
-        check_known("key of quantization_config", values, _KEYS)
-        config = cls(**values)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        values: dict[str, Any] = {"quant_method": "dq"}
-        if self.recipe is not None:
-            return {**values, "recipe": self.recipe.to_dict()}
-        assert self.plan is not None  # one of both is there
-        plan = self.plan.to_dict()
-        values |= {"version": plan.pop("version"), "plan": plan}
-        return values if self.digest is None else {**values, "digest": self.digest}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return the same as `to_dict`."""
-        return self.to_dict()
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """Return `to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    def __repr__(self) -> str:
-        if self.recipe is not None:
-            return f"DQConfig(recipe={self.recipe.name!r})"
-        assert self.plan is not None  # one of both is there
-        return f"DQConfig(plan of {len(self.plan.layers)} layers of {self.plan.model})"
-
-
-def _plan(plan: Plan | Mapping[str, Any] | None, version: int | None) -> Plan | None:
-    """Return the plan that stands in a config file, where anything may stand."""
-    if plan is None or isinstance(plan, Plan):
-        return plan
-    with inside("quantization_config"):
-        try:
-            return Plan.from_dict({**plan, **({} if version is None else {"version": version})})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DQError(
-                f"the plan is malformed ({error}); copy or download config.json again"
-            ) from error
 
 
 class DQQuantizer(DiffusersQuantizer):
@@ -130,6 +34,7 @@ class DQQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: DQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.quantization_config: DQConfig = quantization_config
         self.plan = quantization_config.plan
         self.compute_dtype = torch.float32
         self._expected: dict[str, int] = {}  # checksums that the file's header promises
@@ -203,7 +108,9 @@ class DQQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._prepared = True
         if self.plan is None:
-            self.plan = decide(model, self.quantization_config.recipe)
+            recipe = self.quantization_config.recipe
+            assert recipe is not None  # a config has a plan or a recipe
+            self.plan = decide(model, recipe)
         if self.pre_quantized:
             self._expect(model, kwargs.get("state_dict"))
         elif self.plan.is_static():
@@ -280,11 +187,12 @@ class DQQuantizer(DiffusersQuantizer):
             self._arrivals.check_digest(digest)
         for layer in packed_layers(model).values():
             layer.compute_dtype = self.compute_dtype
-        _align(model)
+        align(model)
         runtime.install(model, self.plan.attention)
         self._stash, self._arrivals, self._names = {}, None, []
         digest = digest or checksum.of_model(model, self.plan)
-        _record(model, self, DQConfig(plan=self.plan, digest=digest))
+        self.quantization_config = DQConfig(plan=self.plan, digest=digest)
+        record(model, self.quantization_config)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -306,7 +214,7 @@ class DQQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: nn.Module) -> nn.Module:
         unpack_model(model)
         runtime.uninstall(model)
-        detach(model)
+        forget(model)
         return model
 
 
@@ -315,71 +223,3 @@ def _place(layer: nn.Module, name: str, value: Tensor) -> None:
     if value.dtype == torch.int32:
         value = value.view(torch.float32)  # undoes what hid it from the loader
     setattr(layer, name, nn.Parameter(value, False) if name == "weight" else value)
-
-
-def _align(model: nn.Module) -> None:
-    """Move float tensors that lie at odd addresses to memory of their own.
-
-    safetensors maps tensors at whatever offset a file's header leaves, and there MKL adds products
-    up in another order: a reloaded model would differ from the saved one in the last bits.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        odd = tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT
-        if odd and tensor.is_floating_point():
-            tensor.data = tensor.data.clone()
-
-
-def _record(model: Any, quantizer: DQQuantizer, config: DQConfig) -> None:
-    quantizer.quantization_config = config
-    model.register_to_config(quantization_config=config)
-
-
-def attach(model: Any, plan: Plan) -> None:
-    """Tell diffusers that a live model was quantized: `save_pretrained` then writes it as such."""
-    _align(model)
-    config = DQConfig(plan=plan, digest=checksum.of_model(model, plan))
-    quantizer = DQQuantizer(config, pre_quantized=True)
-    quantizer._prepared = True
-    _record(model, quantizer, config)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
-    # As the loader does; it leaves the file config.json out of this.
-    model.register_to_config(_pre_quantization_dtype=model.dtype)
-
-
-def detach(model: Any) -> None:
-    """Remove every trace of quantization from a model's config; the loader itself forgets it."""
-    kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
-    model._internal_dict = FrozenDict(kept)
-
-
-def enter() -> None:
-    """Write the quantizer and its config into the mappings of the libraries that are loaded.
-
-    The attention backend too.
-
-    Raises:
-        DQError: If another package has taken the name.
-    """
-    for host, entries in _MAPPINGS.items():
-        for mapping, entry in entries.items():
-            if host in sys.modules:
-                table = getattr(sys.modules[host], mapping)
-                known = table.setdefault("dq", entry)
-                if known.__module__ != __name__:
-                    raise DQError(
-                        f"quantization method 'dq' is taken by {known}; uninstall that package"
-                    )
-    dispatcher.register()
-
-
-_MAPPINGS: dict[str, dict[str, type]] = {
-    "diffusers.quantizers.auto": {
-        "AUTO_QUANTIZER_MAPPING": DQQuantizer,
-        "AUTO_QUANTIZATION_CONFIG_MAPPING": DQConfig,
-    },
-    # PipelineQuantizationConfig(quant_backend="dq") looks its config class up here too.
-    "transformers.quantizers.auto": {"AUTO_QUANTIZATION_CONFIG_MAPPING": DQConfig},
-}
-enter()
