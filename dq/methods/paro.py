@@ -23,7 +23,7 @@ from dq.nn.token_site import Chosen
 from dq.plan import Plan
 from dq.presets import FLOAT
 from dq.spec import Granularity, TensorSpec
-from dq.tokens.choice import RULES, mass_kept, paper_score
+from dq.tokens.choice import RULES, in_orders, paper_score
 from dq.tokens.layout import TokenLayout
 from dq.tokens.orders import candidates, natural
 from dq.tokens.spec import TokenSpec
@@ -68,7 +68,7 @@ class PARO(Method):
     query_key: str = FLOAT
     value: str = FLOAT
     probabilities: str = FLOAT
-    maps: int = 4
+    maps: int = 16
     dense: int = 0
 
     def __post_init__(self) -> None:
@@ -154,23 +154,23 @@ class PARO(Method):
         self, sites: Mapping[str, TokenLayout], found: Mapping[str, BlockStatistics]
     ) -> dict[str, Tensor]:
         """Return orders and masks of all attentions, by name."""
-        orders, sums, forced = {}, [], []
+        judged: dict[str, Tensor] = {}
+        sums, forced = [], []
         for name, layout in sites.items():
             blocks = {o: found[name].blocks(o) for o in self._candidates(layout)}
             every = torch.stack([b.sums for b in blocks.values()])  # (orders, G, H, q, k)
             if self.criterion == "paper":
-                best = paper_score(blocks, self.size[0] * self.size[1], self.alpha).argmin(0)
-            else:
-                best = mass_kept(every, self.density).mean(1).argmax(0)
-            orders[name] = best.to(torch.uint8)
-            heads = torch.arange(every.shape[2], device=every.device)
-            sums.append(every[best, :, heads].transpose(0, 1))
+                elements = self.size[0] * self.size[1]
+                judged[name] = paper_score(blocks, elements, self.alpha).argmin(0)
+                every = in_orders(every, judged[name])[None]  # nothing is left to choose from
+            sums.append(every)
             forced.append(_diagonal(*every.shape[-2:]).to(every.device))
-        masks = RULES[self.rule](sums, forced, self._of_image(sites))
-        return {
-            **{f"{name}.orders": chosen for name, chosen in orders.items()},
-            **{f"{n}.masks": m.to(torch.uint8) for n, m in zip(sites, masks, strict=True)},
-        }
+        chosen = RULES[self.rule](sums, forced, self._of_image(sites))
+        stored = {}
+        for name, (orders, masks) in zip(sites, chosen, strict=True):
+            stored[f"{name}.orders"] = judged.get(name, orders).to(torch.uint8)
+            stored[f"{name}.masks"] = masks.to(torch.uint8)
+        return stored
 
     def _of_image(self, sites: Mapping[str, TokenLayout]) -> float:
         """Return the density of the image's blocks alone: those of text are computed anyway."""

@@ -3,8 +3,8 @@
 PAROAttention (Zhao et al. 2025, arXiv 2506.16054) leaves its calibration unpublished; two ways to
 judge an order are here.
 
-- `mass_kept`: the share of the probabilities that the largest blocks hold at the density asked for,
-  which is what the mask then keeps. It has no constants.
+- The mass that the mask keeps: the probabilities in its blocks. It has no constants, and depends on
+  how blocks are chosen: `threshold` and `top` find orders and blocks together.
 - `paper_score`: alpha times the share of blocks that are not empty plus (1 - alpha) times the mean
   incoherence, max / mean of a block, both over their sum over all orders; the least is best. The
   paper prints the share of *empty* blocks in this place, with which the worst order would win; it
@@ -14,13 +14,14 @@ judge an order are here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dq.tokens.statistics import Blocks
 
-__all__ = ["RULES", "mass_kept", "paper_score", "threshold", "top"]
+__all__ = ["RULES", "Choice", "in_orders", "mass_kept", "paper_score", "threshold", "top"]
 
 _HALVINGS = 40  # of the interval that holds a threshold
 _EMPTY = 0.9  # share of next-to-nothing probabilities above which a block counts as empty
@@ -64,51 +65,90 @@ def paper_score(blocks: Mapping[str, Blocks], size: int, alpha: float = 0.5) -> 
     return alpha * sparse + (1 - alpha) * quant
 
 
-def top(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Tensor]:
+class Choice(NamedTuple):
+    """What the heads of an attention get.
+
+    Attributes:
+        orders: `(H,)` int64, which of the candidates.
+        masks: `(G, H, q, k)` bool, the blocks that are computed, for G groups of steps.
+    """
+
+    orders: Tensor
+    masks: Tensor
+
+
+def in_orders(sums: Tensor, orders: Tensor) -> Tensor:
+    """Return the sums of each head in its own order.
+
+    Args:
+        sums: `(O, G, H, q, k)`, of all candidates.
+        orders: `(H,)`.
+
+    Returns:
+        `(G, H, q, k)`.
+    """
+    heads = torch.arange(sums.shape[2], device=sums.device)
+    return sums[orders, :, heads].transpose(0, 1)
+
+
+def top(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Choice]:
     """Keep the largest blocks of each map, as many for every head and group.
 
     Args:
-        sums: By attention, `(G, H, q, k)`, sums of blocks.
+        sums: By attention, `(O, G, H, q, k)`, sums of blocks in each of O orders.
         forced: By attention, `(q, k)` bool, blocks that are kept in any case.
         density: Share of the blocks of each map that are kept, those included.
 
     Returns:
-        By attention, `(G, H, q, k)` bool.
+        By attention; the order of a head is the one in which its blocks hold the most.
     """
-    masks = []
-    for mine, always in zip(sums, forced, strict=True):
+    found = []
+    for every, always in zip(sums, forced, strict=True):
+        orders = mass_kept(every, density).mean(1).argmax(0)
+        mine = in_orders(every, orders)
         count = max(0, round(density * always.numel()) - int(always.sum()))
         flat = mine.masked_fill(always, -1).flatten(-2)
         largest = flat.topk(count).indices
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, largest, True)
-        masks.append(kept.view(mine.shape) | always)
-    return masks
+        found.append(Choice(orders, kept.view(mine.shape) | always))
+    return found
 
 
-def threshold(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Tensor]:
+def threshold(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Choice]:
     """Keep all blocks above one number for all maps, so that heads that spread out keep more.
+
+    A head's order is judged by that number too, and not by what the head would keep at a density
+    that it does not get: among all orders and masks of so many blocks these hold the most, since
+    each head's are the best for mass less the number times blocks (Lagrange).
 
     Takes and returns what `top` does; the density is that of all maps together.
     """
-    total = sum(mine.numel() for mine in sums)
+    total = sum(every[0].numel() for every in sums)
 
-    def masks(least: float) -> list[Tensor]:
-        return [(mine >= least) | always for mine, always in zip(sums, forced, strict=True)]
+    def at(least: float) -> list[Choice]:
+        return [_above(e, always, least) for e, always in zip(sums, forced, strict=True)]
 
-    def count(least: float) -> int:
-        return sum(int(mask.sum()) for mask in masks(least))
+    def count(found: Sequence[Choice]) -> int:
+        return sum(int(each.masks.sum()) for each in found)
 
-    low, high = 0.0, 1.0 + max(float(mine.max()) for mine in sums)
-    if count(low) <= density * total:
-        return masks(low)
+    low, high = 0.0, 1.0 + max(float(every.max()) for every in sums)
+    if count(found := at(low)) <= density * total:
+        return found
     for _ in range(_HALVINGS):  # a bisection: all sums in one list could be too much
         middle = (low + high) / 2
-        low, high = (middle, high) if count(middle) > density * total else (low, middle)
-    return masks(high)
+        low, high = (middle, high) if count(at(middle)) > density * total else (low, middle)
+    return at(high)
 
 
-RULES: Mapping[str, Callable[[Sequence[Tensor], Sequence[Tensor], float], list[Tensor]]] = {
+def _above(sums: Tensor, always: Tensor, least: float) -> Choice:
+    """Keep the blocks above a number, in the order of each head in which they exceed it most."""
+    worth = torch.where(always, sums, (sums - least).clamp_min(0))
+    orders = worth.sum((1, 3, 4)).argmax(0)
+    return Choice(orders, (in_orders(sums, orders) >= least) | always)
+
+
+RULES: Mapping[str, Callable[[Sequence[Tensor], Sequence[Tensor], float], list[Choice]]] = {
     "threshold": threshold,
     "top": top,
 }
-"""Ways to choose blocks, by name."""
+"""Ways to choose orders and blocks, by name."""

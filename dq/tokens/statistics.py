@@ -65,7 +65,11 @@ class BlockStatistics:
     def blocks(self, order: str) -> Blocks:
         """Return what was found for an order; groups that no call was in are zero."""
         each = self._maps.clamp_min(1).view(-1, 1, 1, 1)
-        return Blocks(*(total / each.to(total.device) for total in self._totals[order]))
+        total = self._totals[order]
+        each = each.to(total.sums.device)
+        if not self.extremes:
+            return total._replace(sums=total.sums / each)
+        return Blocks(*(t / each for t in total))
 
     @torch.no_grad()
     def add(self, q: Tensor, k: Tensor, scale: float, group: int = 0) -> None:
@@ -79,9 +83,7 @@ class BlockStatistics:
         """
         if not self._totals:
             shape = self.groups, q.shape[1], *(self._length // size for size in self.block)
-            every = {o: [torch.zeros(shape, device=q.device) for _ in range(3)]
-                     for o in self._tables}  # fmt: skip
-            self._totals = {order: Blocks(*totals) for order, totals in every.items()}
+            self._totals = {order: self._empty(shape, q.device) for order in self._tables}
             self._tables = {order: table.to(q.device) for order, table in self._tables.items()}
         rows = {order: self._homes(table, self.block[0]) for order, table in self._tables.items()}
         columns = {order: self._members(table) for order, table in self._tables.items()}
@@ -89,13 +91,22 @@ class BlockStatistics:
             self._map(q[image].float() * scale, k[image].float().mT, group, rows, columns)
         self._maps[group] += len(q)
 
+    def _empty(self, shape: tuple[int, ...], device: torch.device) -> Blocks:
+        """Return zeros; those that nobody will add to take no memory."""
+        sums = torch.zeros(shape, device=device)
+        if self.extremes:
+            return Blocks(sums, torch.zeros_like(sums), torch.zeros_like(sums))
+        nothing = torch.zeros((), device=device).expand(shape)
+        return Blocks(sums, nothing, nothing)
+
     def _map(
         self, q: Tensor, k: Tensor, group: int, rows: dict[str, Tensor], columns: dict[str, Tensor]
     ) -> None:
         """Take in one map, of queries `(H, N, D)` and keys `(H, D, N)`."""
         heads, tokens, _ = q.shape
         every, widths = torch.cat([*columns.values()], 1), [m.shape[1] for m in columns.values()]
-        highest = {order: torch.zeros_like(t.maxima[group]) for order, t in self._totals.items()}
+        kept = self._totals.items() if self.extremes else ()
+        highest = {order: torch.zeros_like(t.maxima[group]) for order, t in kept}
         size = max(1, _VALUES // (heads * tokens))
         for start in range(0, tokens, size):
             part = slice(start, start + size)

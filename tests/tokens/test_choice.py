@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dq.tokens import TokenLayout
-from dq.tokens.choice import RULES, mass_kept, paper_score, threshold
+from dq.tokens.choice import RULES, in_orders, mass_kept, paper_score, threshold
 from dq.tokens.statistics import BlockStatistics
 
 each_rule = pytest.mark.parametrize("rule", [*RULES])
@@ -68,9 +70,9 @@ def test_mass_is_that_of_the_largest_blocks() -> None:
 @given(seed=st.integers(0, 99), density=st.floats(0.2, 1.0))
 def test_the_density_is_the_one_asked_for(rule: str, seed: int, density: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    sums = [torch.rand(2, 3, n, n, generator=generator) for n in (8, 10)]
+    sums = [torch.rand(2, 2, 3, n, n, generator=generator) for n in (8, 10)]
     forced = [torch.eye(n, dtype=torch.bool) for n in (8, 10)]
-    masks = RULES[rule](sums, forced, density)
+    masks = [found.masks for found in RULES[rule](sums, forced, density)]
     kept = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
     assert kept == pytest.approx(density, abs=0.01)
     for mask, always in zip(masks, forced, strict=True):
@@ -79,23 +81,53 @@ def test_the_density_is_the_one_asked_for(rule: str, seed: int, density: float) 
 
 @each_rule
 def test_what_is_left_out_is_smaller_than_what_is_kept(rule: str) -> None:
-    sums = [torch.rand(1, 2, 8, 8)]
-    none = [torch.zeros(8, 8, dtype=torch.bool)]
-    (mask,) = RULES[rule](sums, none, 0.4)
-    for head in range(2):
-        mine, kept = sums[0][0, head], mask[0, head]
+    sums = torch.rand(2, 1, 2, 8, 8)
+    ((orders, mask),) = RULES[rule]([sums], [torch.zeros(8, 8, dtype=torch.bool)], 0.4)
+    for head, order in enumerate(orders.tolist()):
+        mine, kept = sums[order, 0, head], mask[0, head]
         assert mine[kept].min() > mine[~kept].max()
 
 
 @each_rule
 def test_forced_blocks_stay_at_any_density(rule: str) -> None:
     forced = torch.eye(8, dtype=torch.bool)
-    (mask,) = RULES[rule]([torch.rand(1, 2, 8, 8)], [forced], 0.01)
+    ((_, mask),) = RULES[rule]([torch.rand(3, 1, 2, 8, 8)], [forced], 0.01)
     assert torch.equal(mask[0, 0], forced)
 
 
 def test_a_threshold_gives_more_to_heads_that_spread_out() -> None:
     peaked, flat = torch.zeros(8, 8), torch.full((8, 8), 1.0)
     peaked[0, 0] = 64.0
-    (mask,) = threshold([torch.stack([peaked, flat])[None]], [torch.eye(8).bool()], 0.6)
+    sums = torch.stack([peaked, flat])[None, None]
+    ((_, mask),) = threshold([sums], [torch.eye(8).bool()], 0.6)
     assert mask[0, 1].sum() > mask[0, 0].sum()
+
+
+@given(seed=st.integers(0, 999), density=st.floats(0.2, 0.9))
+def test_no_other_orders_hold_more_in_as_many_blocks(seed: int, density: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.rand(2, 1, 3, 6, 6, generator=generator) ** 4
+    forced = [torch.eye(6, dtype=torch.bool)]
+
+    def held(orders: Tensor, masks: Tensor) -> float:
+        return float((in_orders(sums, orders) * masks).sum())
+
+    ((orders, masks),) = threshold([sums], forced, density)
+    for other in itertools.product(range(2), repeat=3):
+        one = torch.tensor(other)
+        ((_, theirs),) = threshold(
+            [in_orders(sums, one)[None]], forced, float(masks.float().mean())
+        )
+        assert held(one, theirs) <= held(orders, masks) + 1e-4
+
+
+def test_an_order_is_judged_at_the_density_that_its_head_gets() -> None:
+    sums = torch.zeros(2, 1, 2, 8, 8)
+    sums[:, 0, 0, :, :4] = 10.0  # a head that takes most of the blocks
+    sums[0, 0, 1, 0, 1], sums[0, 0, 1, 2:, 0] = 20.0, 2.0  # little more is in its largest block
+    sums[1, 0, 1, 0, 1:5] = 8.0  # four of which hold more
+    density = (32 + 4 + 8 + 1) / 128
+    ((orders, _),) = threshold([sums], [torch.eye(8).bool()], density)
+    assert orders[1] == 0
+    wide = threshold([sums], [torch.eye(8).bool()], density + 3 / 128)
+    assert wide[0].orders[1] == 1
