@@ -16,8 +16,8 @@ from dq.family import family_of
 from dq.integration import DQQuantizer
 from dq.kernels.measured import table
 from dq.pipelines.footprint import Footprint, footprint
+from dq.pipelines.loading import load_denoiser, resolve
 from dq.pipelines.operations import Operations, operations
-from dq.pipelines.pipeline import load_denoiser, resolve
 from dq.tables import aligned
 
 __all__ = ["Inspection", "inspect_folder"]

@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import diffusers
 import torch
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from dq import checkpoints, checksum, runtime
+from dq import runtime
 from dq.calibrate import NeedsData
 from dq.engine import decide, quantize
-from dq.errors import DQError, inside, unknown
-from dq.family import families
+from dq.errors import DQError, inside
 from dq.integration import DQConfig, DQQuantizer, attach
 from dq.nn import keep_int8, packed_layers
 from dq.pipelines.draw import PipelineSource
 from dq.pipelines.footprint import Footprint, footprint
+from dq.pipelines.loading import HUB, denoiser_name, files_named, load_denoiser, resolve, skeleton
 from dq.plan import Plan
 from dq.recipe import Recipe
 
-__all__ = ["RECIPE_FILE", "DQPipeline", "load_denoiser", "resolve"]
+__all__ = ["RECIPE_FILE", "DQPipeline"]
 
 RECIPE_FILE = "dq_recipe.json"
 _PROMPTS_FILE = "prompts.txt"
-_HUB = ("cache_dir", "local_files_only", "revision", "token")
-_FOR_MODELS = (
-    *_HUB, "device_map", "dtype", "max_memory", "quantization_config", "torch_dtype",
-    "use_safetensors", "variant",
-)  # fmt: skip
-
-
-def resolve(model: str | os.PathLike[str]) -> str:
-    """Return the folder of a checkpoint that ships with dq, or `model` itself."""
-    name = os.fspath(model)
-    return str(checkpoints.path(name)) if name in checkpoints.names() else name
 
 
 class DQPipeline:
@@ -53,9 +39,8 @@ class DQPipeline:
     """
 
     _recipe: Recipe | Mapping[str, Any] | None = None  # values as stored, until they are asked for
-    _lost: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # what diffusers' own save drops: DiT's id2label
+    # What diffusers' own save drops: DiT's id2label.
+    _lost: Mapping[str, Any] = MappingProxyType({})
     dq_prompts: tuple[str, ...] = ()
 
     @classmethod
@@ -91,18 +76,18 @@ class DQPipeline:
         loaded: dict[str, Any] = {}
         plan = None
         if wanted is not None:
-            name, skeleton = _skeleton(path, component, kwargs)
+            name, empty = skeleton(path, component, kwargs)
             # A denoiser that the caller has brought along is quantized in place, not loaded anew.
-            plan = _data_free(skeleton, wanted) if name not in kwargs else None
+            plan = _data_free(empty, wanted) if name not in kwargs else None
             if plan is not None:
                 asked = {**kwargs, "quantization_config": DQConfig(plan=plan)}
-                with _files_named(path):
+                with files_named(path):
                     _, loaded[name] = load_denoiser(path, name, **asked)
-        with _files_named(path):
+        with files_named(path):
             pipe = _adopt(DiffusionPipeline.from_pretrained(path, **{**kwargs, **loaded}))
         pipe._recipe = _stored_recipe(path) if wanted is None else wanted
         pipe.dq_prompts = _stored_prompts(path)
-        index = DiffusionPipeline.load_config(path, **{k: kwargs[k] for k in _HUB if k in kwargs})
+        index = DiffusionPipeline.load_config(path, **{k: kwargs[k] for k in HUB if k in kwargs})
         pipe._lost = {k: v for k, v in index.items() if k not in pipe.config and k[0] != "_"}
         if wanted is not None and plan is None:
             pipe.quantize(wanted, component=component, work_dir=work_dir)
@@ -126,7 +111,7 @@ class DQPipeline:
             The plan. If anything fails the pipeline is left as it was.
         """
         wanted = Recipe.get(recipe)
-        name = _denoiser_name({k: type(v).__name__ for k, v in self.components.items()}, component)  # type: ignore[attr-defined]
+        name = denoiser_name({k: type(v).__name__ for k, v in self.components.items()}, component)  # type: ignore[attr-defined]
         work = None if work_dir is None else Path(work_dir)
         model = getattr(self, name)
         plan = quantize(model, wanted, PipelineSource(self), work)
@@ -138,7 +123,7 @@ class DQPipeline:
     def denoiser(self) -> nn.Module:
         """The UNet or transformer."""
         classes = {k: type(v).__name__ for k, v in self.components.items()}  # type: ignore[attr-defined]
-        model: nn.Module = getattr(self, _denoiser_name(classes, None))
+        model: nn.Module = getattr(self, denoiser_name(classes, None))
         return model
 
     @property
@@ -245,87 +230,11 @@ class DQPipeline:
             (folder / _PROMPTS_FILE).write_text("\n".join(self.dq_prompts) + "\n")
 
 
-@contextmanager
-def _files_named(path: str) -> Iterator[None]:
-    """If loading fails and a file of the folder cannot be read, say which."""
-    try:
-        yield
-    except Exception as error:
-        for file in sorted(Path(path).rglob("*.safetensors")):
-            try:
-                checksum.check_readable(file)
-            except DQError as cause:
-                raise cause from error
-        raise
-
-
 def _adopt(pipe: Any) -> Any:
     """Give a pipeline the class that mixes DQPipeline into its own."""
     base = type(pipe)
     pipe.__class__ = type(base.__name__, (DQPipeline, base), {"__module__": base.__module__})
     return pipe
-
-
-def _denoiser_name(classes: Mapping[str, str], asked: str | None) -> str:
-    """Return the component that a family describes.
-
-    Raises:
-        DQError: If `asked` is no component or not a denoiser, or if there is none at all.
-    """
-    known = {name for _, family in families.items() for name in family.classes}
-    found = [name for name, kind in classes.items() if kind in known]
-    if asked is not None:
-        if asked not in classes:
-            raise unknown("component of this pipeline", asked, classes)
-        if asked not in found:
-            raise DQError(
-                f"component {asked!r} is a {classes[asked]}; quantizable: {', '.join(found)}"
-            )
-        return asked
-    if not found:
-        raise DQError(
-            f"no component of this pipeline ({', '.join(classes.values())}) has a family; "
-            f"known denoisers: {', '.join(sorted(known))}"
-        )
-    return found[0]
-
-
-def _locate(path: str, component: str | None, hub: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return name and class of a checkpoint's denoiser, from its model_index.json."""
-    index = DiffusionPipeline.load_config(path, **hub)
-    classes = {k: v[1] for k, v in index.items() if isinstance(v, (list, tuple)) and v[1]}
-    name = _denoiser_name(classes, component)
-    return name, getattr(diffusers, classes[name])
-
-
-def _skeleton(path: str, component: str | None, kwargs: Mapping[str, Any]) -> tuple[str, nn.Module]:
-    """Return name and weightless form of a checkpoint's denoiser."""
-    hub = {k: v for k, v in kwargs.items() if k in _HUB}
-    name, kind = _locate(path, component, hub)
-    config = kind.load_config(path, subfolder=name, **hub)
-    if config.get("quantization_config"):
-        raise DQError(
-            f"{path} is quantized already ({config['quantization_config'].get('quant_method')}); "
-            "load it without a recipe, or start from the float checkpoint"
-        )
-    with init_empty_weights():
-        return name, kind.from_config(config)
-
-
-def load_denoiser(path: str, component: str | None, **kwargs: Any) -> tuple[str, Any]:
-    """Load the denoiser of a pipeline, and nothing else.
-
-    Args:
-        path: Folder or hub name of the pipeline.
-        component: Name of the denoiser; None if there is only one.
-        **kwargs: For the model's `from_pretrained`; what only pipelines take is left out.
-
-    Returns:
-        Name of the component, and the model.
-    """
-    name, kind = _locate(path, component, {k: v for k, v in kwargs.items() if k in _HUB})
-    shared = {k: v for k, v in kwargs.items() if k in _FOR_MODELS}
-    return name, kind.from_pretrained(path, subfolder=name, **shared)
 
 
 def _data_free(skeleton: nn.Module, recipe: Recipe) -> Plan | None:

@@ -27,7 +27,7 @@ def export(
     """
     from dq.export import check
     from dq.export import export as run
-    from dq.pipelines.pipeline import load_denoiser, resolve
+    from dq.pipelines.loading import load_denoiser, resolve
 
     source = Path(resolve(model))
     check(source, to, output, overwrite)

@@ -26,7 +26,8 @@ from dq.eval.resize import RULES
 from dq.eval.score import DISTANCES, Scores, Side, check_metrics, score
 from dq.pipelines.draw import default_prompts, repeated
 from dq.pipelines.gallery import Gallery, Settings
-from dq.pipelines.pipeline import DQPipeline, resolve
+from dq.pipelines.loading import resolve
+from dq.pipelines.pipeline import DQPipeline
 from dq.recipe import Recipe
 from dq.scoring.page import write_page
 from dq.scoring.replay import captured, outputs

@@ -11,7 +11,7 @@ import torch
 
 from dq import DQPipeline
 from dq.export import export
-from dq.pipelines.pipeline import load_denoiser
+from dq.pipelines.loading import load_denoiser
 from tests.export.cases import Case
 
 

@@ -18,7 +18,7 @@ from dq.nn.packed import packed
 from dq.nn.packed_layer import PackedLayer
 from dq.nn.simulated import simulate
 from dq.nn.swap import replace
-from dq.pipelines.pipeline import load_denoiser
+from dq.pipelines.loading import load_denoiser
 from dq.plan import LayerSpec
 from dq.presets import weight_preset
 from dq.spec import Granularity, TensorSpec
