@@ -118,25 +118,34 @@ def threshold(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) 
     """Keep all blocks above one number for all maps, so that heads that spread out keep more.
 
     A head's order is judged by that number too, and not by what the head would keep at a density
-    that it does not get: among all orders and masks of so many blocks these hold the most, since
-    each head's are the best for mass less the number times blocks (Lagrange).
+    that it does not get: each takes the best for mass less the number times blocks (Lagrange), so
+    that together they hold the most in so many blocks, up to the few by which a head's change of
+    order makes their count jump.
 
     Takes and returns what `top` does; the density is that of all maps together.
     """
-    total = sum(every[0].numel() for every in sums)
+    orders = [found.orders for found in _at_density(sums, forced, density)]
+    mine = [in_orders(every, each)[None] for every, each in zip(sums, orders, strict=True)]
+    filled = _at_density(mine, forced, density)  # no head can change now: the count does not jump
+    return [Choice(each, found.masks) for each, found in zip(orders, filled, strict=True)]
+
+
+def _at_density(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Choice]:
+    """Keep the blocks above the least number that leaves no more than the density."""
+    most = density * sum(every[0].numel() for every in sums)
 
     def at(least: float) -> list[Choice]:
-        return [_above(e, always, least) for e, always in zip(sums, forced, strict=True)]
+        return [_above(every, always, least) for every, always in zip(sums, forced, strict=True)]
 
     def count(found: Sequence[Choice]) -> int:
         return sum(int(each.masks.sum()) for each in found)
 
     low, high = 0.0, 1.0 + max(float(every.max()) for every in sums)
-    if count(found := at(low)) <= density * total:
+    if count(found := at(low)) <= most:
         return found
     for _ in range(_HALVINGS):  # a bisection: all sums in one list could be too much
         middle = (low + high) / 2
-        low, high = (middle, high) if count(at(middle)) > density * total else (low, middle)
+        low, high = (middle, high) if count(at(middle)) > most else (low, middle)
     return at(high)
 
 

@@ -106,19 +106,16 @@ def test_a_threshold_gives_more_to_heads_that_spread_out() -> None:
 @given(seed=st.integers(0, 999), density=st.floats(0.2, 0.9))
 def test_no_other_orders_hold_more_in_as_many_blocks(seed: int, density: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    sums = torch.rand(2, 1, 3, 6, 6, generator=generator) ** 4
-    forced = [torch.eye(6, dtype=torch.bool)]
+    sums = torch.rand(2, 1, 3, 12, 12, generator=generator) ** 4
+    forced = [torch.eye(12, dtype=torch.bool)]
 
-    def held(orders: Tensor, masks: Tensor) -> float:
+    def held(orders: Tensor) -> float:
+        ((_, masks),) = threshold([in_orders(sums, orders)[None]], forced, density)
         return float((in_orders(sums, orders) * masks).sum())
 
-    ((orders, masks),) = threshold([sums], forced, density)
-    for other in itertools.product(range(2), repeat=3):
-        one = torch.tensor(other)
-        ((_, theirs),) = threshold(
-            [in_orders(sums, one)[None]], forced, float(masks.float().mean())
-        )
-        assert held(one, theirs) <= held(orders, masks) + 1e-4
+    ((orders, _),) = threshold([sums], forced, density)
+    others = (torch.tensor(each) for each in itertools.product(range(2), repeat=3))
+    assert max(map(held, others)) <= 1.002 * held(orders)
 
 
 def test_an_order_is_judged_at_the_density_that_its_head_gets() -> None:
