@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -91,6 +92,9 @@ def load_denoiser(path: str, component: str | None, **kwargs: Any) -> tuple[str,
     """
     name, kind = _locate(path, component, {k: v for k, v in kwargs.items() if k in HUB})
     shared = {k: v for k, v in kwargs.items() if k in _FOR_MODELS}
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(chosen := shared.get(key), Mapping):  # pipelines take one by component
+            shared[key] = chosen.get(name, chosen.get("default", torch.float32))
     return name, kind.from_pretrained(path, subfolder=name, **shared)
 
 

@@ -63,7 +63,8 @@ class DQPipeline:
             recipe: Name ("w4a8"), file, dictionary or object; None loads as it is.
             component: Name of the denoiser, if the pipeline has several.
             work_dir: Folder for finished stages; an interrupted calibration continues there.
-            **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`, `variant`.
+            **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `dtype`, which is float32 for all
+                components if it is not given, or `variant`.
 
         Returns:
             The pipeline, of its own class and of this one.
@@ -72,6 +73,9 @@ class DQPipeline:
             DQError: For unknown recipes, components and families, or models quantized already.
         """
         path = resolve(model)
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            # Text encoders would come as they are stored, the others as float32: they do not fit.
+            kwargs["dtype"] = torch.float32
         wanted = None if recipe is None else Recipe.get(recipe)
         loaded: dict[str, Any] = {}
         plan = None
@@ -155,7 +159,7 @@ class DQPipeline:
             if asked and isinstance(component, nn.Module) and packed_layers(component):
                 raise DQError(
                     f"{name} is packed and cannot be cast to {asked[0]}; nothing was cast. Load it "
-                    "in that dtype: DQPipeline.from_pretrained(..., torch_dtype=...)"
+                    "in that dtype: DQPipeline.from_pretrained(..., dtype=...)"
                 )
         return super().to(*args, **kwargs)  # type: ignore[misc]
 

@@ -137,6 +137,25 @@ def test_quantizes_in_place_and_on_the_fly_alike(model_folders: Folders) -> None
         assert same_state(in_place.denoiser, on_the_fly.denoiser)
 
 
+def test_what_was_saved_in_another_dtype_draws_without_naming_one(tmp_path: Path) -> None:
+    # Text encoders would be loaded as they are stored, and the rest in float32.
+    pipe = DQPipeline.from_pretrained("emoji-unet", "w4a8-dynamic", dtype=torch.bfloat16)
+    pipe.save_pretrained(tmp_path)
+    for named, expected in (({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)):
+        again = DQPipeline.from_pretrained(tmp_path, **named)
+        models = (again.text_encoder, again.unet, again.vae)
+        assert [model.dtype for model in models] == [expected] * 3
+        assert again("apple", num_inference_steps=2, output_type="latent").images.isfinite().all()
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_components_may_have_dtypes_of_their_own(default: torch.dtype) -> None:
+    asked = {"unet": torch.float16, "default": default}
+    pipe = DQPipeline.from_pretrained("emoji-unet", "w4a8-dynamic", dtype=asked)
+    models = (pipe.unet, pipe.vae, pipe.text_encoder)
+    assert [model.dtype for model in models] == [torch.float16, default, default]
+
+
 def test_what_the_caller_brings_is_quantized(model_folders: Folders) -> None:
     mine = UNet2DConditionModel.from_pretrained(model_folders("sd32"), subfolder="unet")
     with torch.no_grad():
