@@ -63,8 +63,8 @@ class DQPipeline:
             recipe: Name ("w4a8"), file, dictionary or object; None loads as it is.
             component: Name of the denoiser, if the pipeline has several.
             work_dir: Folder for finished stages; an interrupted calibration continues there.
-            **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `dtype`, which is float32 for all
-                components if it is not given, or `variant`.
+            **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `variant`, or `dtype`, which is
+                float32 for all components if it is not given.
 
         Returns:
             The pipeline, of its own class and of this one.
