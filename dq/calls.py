@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dq.errors import DQError
 from dq.taps import hooked
 
-__all__ = ["Call", "captured", "flatten", "run", "unflatten"]
+__all__ = ["Call", "captured", "flatten", "mapped", "run", "unflatten"]
 
 Call = dict[str, Any]  # the keyword arguments of one forward call of the denoiser
 
@@ -25,19 +25,29 @@ def captured(model: nn.Module, calls: list[Call]) -> Iterator[None]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = signature.bind(*args, **kwargs).arguments
-        calls.append({k: _detached(v) for k, v in bound.items() if k != "return_dict"})
+        calls.append({k: mapped(v, _detached) for k, v in bound.items() if k != "return_dict"})
 
     with hooked([model.register_forward_pre_hook(hook, with_kwargs=True)]):
         yield
 
 
-def _detached(value: Any) -> Any:
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return arguments with every tensor changed.
+
+    Args:
+        value: Tensors, mappings and tuples of them, or anything else, which stays.
+        change: Of each tensor.
+    """
     if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
+        return change(value)
     if isinstance(value, Mapping):
-        return {k: _detached(v) for k, v in value.items()}
+        return {k: mapped(v, change) for k, v in value.items()}
     if isinstance(value, tuple):
-        return tuple(map(_detached, value))
+        return tuple(mapped(v, change) for v in value)
     return value
 
 
@@ -92,16 +102,7 @@ def run(model: nn.Module, call: Call) -> Tensor:
     # Not every denoiser has the choice: some return the tensor itself.
     plain = "return_dict" in inspect.signature(model.forward).parameters
     options = {"return_dict": False} if plain else {}
-    output: Any = model(**_moved(call, next(model.parameters()).device), **options)
+    device = next(model.parameters()).device
+    output: Any = model(**mapped(call, lambda tensor: tensor.to(device)), **options)
     found: Tensor = output[0] if isinstance(output, tuple) else output
     return found
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {k: _moved(v, device) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(v, device) for v in value)
-    return value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dq import attention
+from dq.calls import mapped
 from dq.nn import exchanged, plain_layers
 from dq.nn.layers import Layer
 
@@ -56,11 +57,9 @@ def floated(value: Any, device: torch.device | None = None) -> Any:
         value: Tensors, mappings of them, or anything else, which stays.
         device: Where to; None leaves tensors where they are.
     """
-    if isinstance(value, Mapping):
-        return {k: floated(v, device) for k, v in value.items()}
-    if isinstance(value, tuple):
-        return tuple(floated(v, device) for v in value)
-    if isinstance(value, Tensor):
-        dtype = torch.float32 if value.is_floating_point() else value.dtype
-        return value.to(device or value.device, dtype)
-    return value
+
+    def change(tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device or tensor.device, dtype)
+
+    return mapped(value, change)

@@ -10,11 +10,11 @@ from torch import nn
 
 from dq.calibrate import Calibration
 from dq.family import Family
-from dq.nn.token_site import Chosen
 from dq.plan import Plan
 from dq.ranges import InputRange
 from dq.registry import Registry
 from dq.spec import TensorSpec
+from dq.tokens.choice import Chosen
 from dq.transform import Transform
 
 __all__ = ["ChosenRange", "Job", "Method", "methods"]

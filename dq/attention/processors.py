@@ -34,7 +34,8 @@ from dq.attention_spec import AttentionSpec
 from dq.errors import check_known
 from dq.kernels import block_sparse
 from dq.nn.steps import watch
-from dq.nn.token_site import SITE, Chosen, TokenSite
+from dq.nn.token_site import SITE, TokenSite
+from dq.tokens.choice import Chosen
 
 __all__ = [
     "change",

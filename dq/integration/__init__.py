@@ -1,6 +1,6 @@
 """How dq plugs into diffusers: a quantizer and its config, in the loader's own two mappings.
 
-diffusers has no call to register a quantizer; `register` writes into the two dictionaries that
+diffusers has no call to register a quantizer; `enter` writes into the two dictionaries that
 decide. The order in which its loader calls the members below is fixed (diffusers 0.42): `__init__`,
 `update_torch_dtype`, `maybe_update_loaded_keys`, `_process_model_before_weight_loading`, then for
 each file `maybe_update_state_dict` and for each tensor `check_if_quantized_param` and

@@ -19,11 +19,10 @@ from dq.errors import DQError, unknown
 from dq.method import Job, Method, methods
 from dq.methods.paro_survey import ordered_sites, statistics
 from dq.methods.step_groups import captured_times, centres
-from dq.nn.token_site import Chosen
 from dq.plan import Plan
 from dq.presets import FLOAT
 from dq.spec import Granularity, TensorSpec
-from dq.tokens.choice import RULES, in_orders, paper_score
+from dq.tokens.choice import RULES, Chosen, in_orders, paper_score
 from dq.tokens.layout import TokenLayout
 from dq.tokens.orders import candidates, natural
 from dq.tokens.spec import TokenSpec

@@ -12,9 +12,8 @@ from dq.recipe import Recipe, Template, templates
 
 __all__: list[str] = []
 
-_CALIBRATION = CalibrationSpec(
-    n=8, steps=20
-)  # masks of four images miss more of others', sixteen gain little
+# Masks of four images miss more of what others attend to; sixteen gain little.
+_CALIBRATION = CalibrationSpec(n=8, steps=20)
 
 
 def _build(found: re.Match[str]) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,24 +13,13 @@ from dq.errors import DQError
 from dq.kernels.block_sparse import live_blocks
 from dq.kernels.live_blocks import LiveBlocks
 from dq.nn.steps import Steps
+from dq.tokens.choice import Chosen
 from dq.tokens.spec import TokenSpec
 
-__all__ = ["SITE", "TOKEN_TENSORS", "Chosen", "TokenSite"]
+__all__ = ["SITE", "TOKEN_TENSORS", "TokenSite"]
 
 SITE = "dq_tokens"  # name of the module below the attention that it belongs to
 TOKEN_TENSORS = ("token_order", "block_mask")
-
-
-class Chosen(NamedTuple):
-    """What has been chosen for the heads of one attention.
-
-    Attributes:
-        orders: `(H,)` uint8, which of the orders of the spec each head has.
-        masks: `(G, H, q, k)` bool, blocks of image queries and image keys that are computed.
-    """
-
-    orders: Tensor
-    masks: Tensor
 
 
 class TokenSite(nn.Module):

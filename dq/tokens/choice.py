@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dq.tokens.statistics import Blocks
 
-__all__ = ["RULES", "Choice", "in_orders", "mass_kept", "paper_score", "threshold", "top"]
+__all__ = ["RULES", "Chosen", "in_orders", "mass_kept", "paper_score", "threshold", "top"]
 
 _HALVINGS = 40  # of the interval that holds a threshold
 _EMPTY = 0.9  # share of next-to-nothing probabilities above which a block counts as empty
@@ -65,12 +65,13 @@ def paper_score(blocks: Mapping[str, Blocks], size: int, alpha: float = 0.5) -> 
     return alpha * sparse + (1 - alpha) * quant
 
 
-class Choice(NamedTuple):
-    """What the heads of an attention get.
+class Chosen(NamedTuple):
+    """What has been chosen for the heads of one attention.
 
     Attributes:
-        orders: `(H,)` int64, which of the candidates.
-        masks: `(G, H, q, k)` bool, the blocks that are computed, for G groups of steps.
+        orders: `(H,)` integers, which of the candidate orders each head has.
+        masks: `(G, H, q, k)` bool, blocks of image queries and image keys that are computed, for G
+            groups of steps.
     """
 
     orders: Tensor
@@ -91,7 +92,7 @@ def in_orders(sums: Tensor, orders: Tensor) -> Tensor:
     return sums[orders, :, heads].transpose(0, 1)
 
 
-def top(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Choice]:
+def top(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Chosen]:
     """Keep the largest blocks of each map, as many for every head and group.
 
     Args:
@@ -110,11 +111,11 @@ def top(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> lis
         flat = mine.masked_fill(always, -1).flatten(-2)
         largest = flat.topk(count).indices
         kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, largest, True)
-        found.append(Choice(orders, kept.view(mine.shape) | always))
+        found.append(Chosen(orders, kept.view(mine.shape) | always))
     return found
 
 
-def threshold(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Choice]:
+def threshold(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Chosen]:
     """Keep all blocks above one number for all maps, so that heads that spread out keep more.
 
     A head's order is judged by that number too, and not by what the head would keep at a density
@@ -127,17 +128,17 @@ def threshold(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) 
     orders = [found.orders for found in _at_density(sums, forced, density)]
     mine = [in_orders(every, each)[None] for every, each in zip(sums, orders, strict=True)]
     filled = _at_density(mine, forced, density)  # no head can change now: the count does not jump
-    return [Choice(each, found.masks) for each, found in zip(orders, filled, strict=True)]
+    return [Chosen(each, found.masks) for each, found in zip(orders, filled, strict=True)]
 
 
-def _at_density(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Choice]:
+def _at_density(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float) -> list[Chosen]:
     """Keep the blocks above the least number that leaves no more than the density."""
     most = density * sum(every[0].numel() for every in sums)
 
-    def at(least: float) -> list[Choice]:
+    def at(least: float) -> list[Chosen]:
         return [_above(every, always, least) for every, always in zip(sums, forced, strict=True)]
 
-    def count(found: Sequence[Choice]) -> int:
+    def count(found: Sequence[Chosen]) -> int:
         return sum(int(each.masks.sum()) for each in found)
 
     low, high = 0.0, 1.0 + max(float(every.max()) for every in sums)
@@ -149,14 +150,14 @@ def _at_density(sums: Sequence[Tensor], forced: Sequence[Tensor], density: float
     return at(high)
 
 
-def _above(sums: Tensor, always: Tensor, least: float) -> Choice:
+def _above(sums: Tensor, always: Tensor, least: float) -> Chosen:
     """Keep the blocks above a number, in the order of each head in which they exceed it most."""
     worth = torch.where(always, sums, (sums - least).clamp_min(0))
     orders = worth.sum((1, 3, 4)).argmax(0)
-    return Choice(orders, (in_orders(sums, orders) >= least) | always)
+    return Chosen(orders, (in_orders(sums, orders) >= least) | always)
 
 
-RULES: Mapping[str, Callable[[Sequence[Tensor], Sequence[Tensor], float], list[Choice]]] = {
+RULES: Mapping[str, Callable[[Sequence[Tensor], Sequence[Tensor], float], list[Chosen]]] = {
     "threshold": threshold,
     "top": top,
 }

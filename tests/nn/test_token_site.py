@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from dq.errors import DQError
-from dq.nn.token_site import Chosen, TokenSite
+from dq.nn.token_site import TokenSite
 from dq.tokens import TokenLayout, TokenSpec
+from dq.tokens.choice import Chosen
 
 SPEC = TokenSpec(TokenLayout((8, 4), 6), 2, ("hw", "wh"), (8, 8), (100.0, 900.0))
 
