@@ -82,7 +82,7 @@ def _run(job: Job, recipe: Recipe) -> Plan:
         runtime.install(model, job.plan.attention)
     except BaseException:
         uninstall(model)
-        attention.uninstall(model)
+        runtime.uninstall(model)
         raise
     finally:
         model.train(training)
@@ -103,7 +103,7 @@ def start(model: nn.Module, recipe: Recipe, source: Source | None, folder: Path 
     Raises:
         DQError: If the model is quantized already, or carries adapters.
     """
-    if packed_layers(model):
+    if packed_layers(model) or attention.specs_of(model):
         raise DQError(
             f"this {type(model).__name__} is quantized already; "
             "start from the float checkpoint, or call dequantize() first"

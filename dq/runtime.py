@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -17,8 +18,11 @@ from dq.family import Role, family_of
 from dq.nn import PackedLayer, norm, packed_layers
 from dq.nn.kept import note
 from dq.nn.steps import watch
+from dq.tokens.layout import TokenLayout
 
 __all__ = ["compile_blocks", "install", "remember_prompts", "uninstall"]
+
+logger = logging.getLogger("dq")
 
 
 def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyType({})) -> None:
@@ -32,7 +36,7 @@ def install(model: nn.Module, specs: Mapping[str, AttentionSpec] = MappingProxyT
     norm.install(model)
     remember_prompts(model, True)
     _note_kept_tokens(model)
-    _check_grids(model)
+    _watch_attention(model)
     watch(model)
 
 
@@ -42,7 +46,7 @@ def uninstall(model: nn.Module) -> None:
     norm.uninstall(model)
     remember_prompts(model, False)
     _forget_kept_tokens(model)
-    _check_grids(model)  # of none
+    _watch_attention(model)  # none
     watch(model)  # no packed layer is left that asks for the timestep
 
 
@@ -101,40 +105,57 @@ def _forget_kept_tokens(model: Any) -> None:
         del model._dq_kept
 
 
-def _check_grids(model: Any) -> None:
+def _watch_attention(model: Any) -> None:
+    """Look at each call: whether attentions are still what the plan says, and fit its tokens."""
+    if hasattr(model, "_dq_attention"):
+        model._dq_attention.remove()
+        del model._dq_attention
+    specs = attention.specs_of(model)
+    if not specs:
+        return
+    wanted = {spec.tokens.layout for spec in specs.values() if spec.tokens is not None}
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    told: set[str] = set()
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return  # of a model that is compiled as a whole
+        lost = attention.lost(module, specs)
+        if lost - told:
+            told.update(lost)
+            logger.warning(
+                "%d attentions of this %s, the first is %s, no longer are what its plan says: "
+                "their processors were replaced. Call dq.runtime.install(model, plan.attention) "
+                "to have them back",
+                len(lost),
+                type(module).__name__,
+                min(lost),
+            )
+        if wanted:
+            _check_grids(module, wanted, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    model._dq_attention = model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def _check_grids(model: nn.Module, wanted: set[TokenLayout], call: Mapping[str, Any]) -> None:
     """Refuse calls whose tokens form another grid than the one that masks were found on.
 
     Attentions count tokens themselves; a grid of as many, but of another form, looks the same to
     them.
     """
-    if hasattr(model, "_dq_grids"):
-        model._dq_grids.remove()
-        del model._dq_grids
-    specs = attention.specs_of(model).values()
-    wanted = {spec.tokens.layout for spec in specs if spec.tokens is not None}
     try:
         family = family_of(model)
     except DQError:  # see `remember_prompts`
         return
-    if not wanted:
-        return
-    signature = inspect.signature(type(model).forward)
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        call = signature.bind(module, *args, **kwargs).arguments
-        there = family.layouts(module, call)
-        lost = wanted - set(there)
-        if lost:
-            raise DQError(
-                f"the attention of this {type(module).__name__} was calibrated for tokens of "
-                f"{', '.join(sorted(map(str, lost)))}; this call has "
-                f"{', '.join(map(str, there)) or 'no grid'}. Draw images of that size (and prompts "
-                "of that length), or quantize again at this one"
-            )
-
-    model._dq_grids = model.register_forward_pre_hook(look, with_kwargs=True)
+    there = family.layouts(model, call)
+    missing = wanted - set(there)
+    if missing:
+        raise DQError(
+            f"the attention of this {type(model).__name__} was calibrated for tokens of "
+            f"{', '.join(sorted(map(str, missing)))}; this call has "
+            f"{', '.join(map(str, there)) or 'no grid'}. Draw images of that size (and prompts "
+            "of that length), or quantize again at this one"
+        )
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> int:

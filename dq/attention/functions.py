@@ -10,21 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dq.attention.ordered import ordered_attention, text_of
 from dq.attention_spec import AttentionSpec
 from dq.errors import DQError
 from dq.kernels.attention import attention, serves
-from dq.kernels.block_sparse import (
-    FLOAT,
-    Operands,
-    attend_by_group,
-    block_sparse_attention,
-    ordered_attention,
-)
 from dq.nn.operands import quantized_attention
 from dq.nn.token_site import TokenSite
 
@@ -33,7 +26,6 @@ __all__ = [
     "changed",
     "current",
     "dispatch_attention_fn",
-    "formats_by_block",
     "scaled_dot_product_attention",
     "watched",
 ]
@@ -82,8 +74,8 @@ def dispatch_attention_fn(
         *arguments: As in diffusers.
         **options: As in diffusers.
     """
-    given = [v for v in (*arguments, *options.values()) if v is not None and v is not False]
-    if not any(given):  # 0.0 is no dropout; whatever else is asked for, a scale too, is theirs
+    given = [v for v in (*arguments, *options.values()) if isinstance(v, Tensor) or v]
+    if not given:  # whatever is asked for, a scale too, is theirs
         active, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         factor = float(query.shape[-1] ** -0.5)
@@ -138,7 +130,8 @@ def _pair(attend: Plain, what: str) -> Pair:
 class _Current(threading.local):
     """Whose attention this thread is computing: code of diffusers passes on q, k and v alone."""
 
-    site: TokenSite | None = None
+    def __init__(self) -> None:
+        self.site: TokenSite | None = None  # of the instance: compiled code asks whether it has one
 
 
 current = _Current()
@@ -154,11 +147,12 @@ def changed(spec: AttentionSpec) -> Pair:
             lambda q, k, v, scale, mask: quantized_attention(q, k, v, scale, spec, mask),
             "quantized operands",
         )
-    return _pair(partial(_ordered, spec), "ordered tokens")
+    return _pair(partial(_ordered, spec, text_of(spec)), "ordered tokens")
 
 
 def _ordered(
     spec: AttentionSpec,
+    text: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -171,28 +165,7 @@ def _ordered(
     site = current.site
     assert site is not None  # a processor has said
     site.check(q, k)
-    group, by_token = site.group(), spec.has_operands and not spec.by_block
-    if torch.compiler.is_compiling() and not by_token:
-        stored = site.token_order, site.block_mask
-        formats = formats_by_block(spec)
-        return ordered_attention(q, k, v, scale, *stored, group, site.text, formats)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, group: int) -> Tensor:
-        blocks = site.live(group)
-        if not by_token:
-            return block_sparse_attention(q, k, v, scale, blocks, formats_by_block(spec))
-        moved = blocks.moved(q), blocks.moved(k), blocks.moved(v)
-        return blocks.restored(quantized_attention(*moved, scale, spec, blocks.mask))
-
-    return attend_by_group(q, k, v, group, attend)
-
-
-def formats_by_block(spec: AttentionSpec) -> Operands:
-    """Return the formats of operands whose scales are those of blocks."""
-    if not spec.by_block:
-        return FLOAT
-    parts = spec.query_key, spec.value, spec.probabilities
-    return Operands(*(None if part is None else part.format for part in parts))
+    return ordered_attention(q, k, v, scale, site, spec, text)
 
 
 def watched(seen: Callable[[Tensor, Tensor, Tensor, float], None]) -> Pair:

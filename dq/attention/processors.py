@@ -26,10 +26,10 @@ from dq.attention.functions import (
     changed,
     current,
     dispatch_attention_fn,
-    formats_by_block,
     scaled_dot_product_attention,
     watched,
 )
+from dq.attention.ordered import formats_by_block
 from dq.attention_spec import AttentionSpec
 from dq.errors import check_known
 from dq.kernels import block_sparse
@@ -42,6 +42,7 @@ __all__ = [
     "empty_sites",
     "exact",
     "install",
+    "lost",
     "path",
     "site_of",
     "sites",
@@ -121,10 +122,10 @@ def _subclass(kind: type, pair: Pair, spec: AttentionSpec | None) -> type | None
 def _with_site(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a processor's code that lets its attention function know what is stored for it."""
 
-    def called(self: Any, *args: Any, **options: Any) -> Tensor:
-        before, current.site = current.site, self.dq_site
+    def called(self: Any, attn: Any, *args: Any, **options: Any) -> Tensor:
+        before, current.site = current.site, getattr(attn, SITE)
         try:
-            return call(self, *args, **options)
+            return call(self, attn, *args, **options)
         finally:
             current.site = before
 
@@ -220,6 +221,21 @@ def specs_of(model: nn.Module) -> dict[str, AttentionSpec]:
     return {name: spec for name, spec in specs if spec is not None}
 
 
+def lost(model: nn.Module, specs: Mapping[str, AttentionSpec]) -> set[str]:
+    """Return the names of attentions that are no longer changed as they were.
+
+    diffusers replaces processors where adapters are loaded, projections fused or attention sliced.
+
+    Args:
+        model: The denoiser, or a copy.
+        specs: What the attentions became.
+    """
+    if getattr(model, "_dq_lent", False):
+        return set()
+    found = ((name, getattr(model.get_submodule(name), "processor", None)) for name in specs)
+    return {name for name, p in found if getattr(p, "_dq_spec", None) != specs[name]}
+
+
 def site_of(module: nn.Module) -> TokenSite | None:
     """Return what an attention stores of ordered tokens; None if it has none."""
     site = getattr(module, SITE, None)
@@ -280,6 +296,8 @@ def tapped(
 def _others(model: nn.Module, pairs: Mapping[str, Pair | None]) -> Iterator[None]:
     """While active, some attentions have other functions; None for those of diffusers."""
     before: dict[str, Any] = {}
+    lent = getattr(model, "_dq_lent", False)
+    model._dq_lent = True  # type: ignore[assignment]  # for `lost`
     for name, pair in pairs.items():
         module: Any = model.get_submodule(name)
         before[name] = module.processor
@@ -291,6 +309,7 @@ def _others(model: nn.Module, pairs: Mapping[str, Pair | None]) -> Iterator[None
     try:
         yield
     finally:
+        model._dq_lent = lent  # type: ignore[assignment]
         for name, processor in before.items():
             model.get_submodule(name).processor = processor
 
@@ -299,25 +318,17 @@ def _give(module: Any, spec: AttentionSpec | None) -> bool:
     """Give a site our attention; return whether it had another one."""
     processor = module.processor
     kind = getattr(processor, "_dq_original", None)
-    site = getattr(module, SITE) if spec is not None and spec.tokens is not None else None
-    same = kind is not None and processor._dq_spec == spec
-    if same and getattr(processor, "dq_site", None) is site:
+    if kind is not None and processor._dq_spec == spec:
         return False
-    state = {**_own_state(processor), **({} if site is None else {"dq_site": site})}
-    module.processor = _rebuilt(kind or type(processor), state, spec)
+    module.processor = _rebuilt(kind or type(processor), vars(processor), spec)
     return True
-
-
-def _own_state(processor: Any) -> dict[str, Any]:
-    """Return what a processor knows, without what was given to it here."""
-    return {name: value for name, value in vars(processor).items() if name != "dq_site"}
 
 
 def _take_back(module: Any) -> None:
     """Give a site its own attention again."""
     original = getattr(module.processor, "_dq_original", None)
     if original is not None:
-        module.processor = _of_class(original, _own_state(module.processor))
+        module.processor = _of_class(original, vars(module.processor))
 
 
 def _without_tokens(module: Any) -> None:

@@ -63,6 +63,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
         all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
         and all(t.dim() == 4 and t.stride(3) == 1 for t in tensors)
         and q.shape[:2] == k.shape[:2]
+        and v.shape == k.shape
         and scale > 0
         and 0 not in (*q.shape, *k.shape)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

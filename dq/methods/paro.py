@@ -54,7 +54,7 @@ class PARO(Method):
         value: Format of v, likewise.
         probabilities: Format of probabilities, unsigned or floating point, or "float", as `value`.
         maps: Rows of a call whose maps are looked at.
-        dense: Attentions of the first blocks of the model that are left whole.
+        dense: How many attentions, the first of the model, are left whole.
     """
 
     density: float = 0.5
@@ -110,7 +110,7 @@ class PARO(Method):
         times = captured_times(job.model, job.calibration)
         groups = self._groups(times)
         stage = job.calibration.stage("paro")
-        stored = job.calibration.work.load(stage)
+        stored = job.calibration.work.load(stage, job.calibration.device)
         if stored is None:
             found = {
                 name: BlockStatistics(
@@ -150,13 +150,14 @@ class PARO(Method):
         return (float(sum(rest) / len(rest)), *times[len(times) - half :])
 
     def _chosen(
-        self, sites: Mapping[str, TokenLayout], found: Mapping[str, BlockStatistics]
+        self, sites: Mapping[str, TokenLayout], found: dict[str, BlockStatistics]
     ) -> dict[str, Tensor]:
-        """Return orders and masks of all attentions, by name."""
+        """Return orders and masks of all attentions, by name; lets go of what was found."""
         judged: dict[str, Tensor] = {}
         sums, forced = [], []
         for name, layout in sites.items():
-            blocks = {o: found[name].blocks(o) for o in self._candidates(layout)}
+            mine = found.pop(name)  # all of them are most of the memory
+            blocks = {o: mine.blocks(o) for o in self._candidates(layout)}
             every = torch.stack([b.sums for b in blocks.values()])  # (orders, G, H, q, k)
             if self.criterion == "paper":
                 elements = self.size[0] * self.size[1]

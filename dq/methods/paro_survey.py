@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dq import attention
 from dq.errors import DQError
+from dq.family import Role
 from dq.full_precision import full_precision
 from dq.method import Job
 from dq.nn.steps import noted
@@ -38,8 +39,11 @@ def ordered_sites(job: Job, skipped: int = 0) -> dict[str, TokenLayout]:
 
     with full_precision(job.model), attention.tapped(job.model, known, see):
         next(iter(job.calibration.replay([call])))
-    sites = {n: layouts[q] for n, (q, k) in seen.items() if q == k and q in layouts}
-    sites = dict([*sites.items()][skipped:])
+    roles = job.family.roles(job.model)
+    crossed = {n for n in known if roles.get(f"{n}.to_q") is Role.CROSS_ATTENTION}
+    # A prompt may have as many tokens as the image.
+    alike = (n for n, (q, k) in seen.items() if q == k and q in layouts and n not in crossed)
+    sites = dict([(name, layouts[seen[name][0]]) for name in alike][skipped:])
     if not sites:
         raise DQError(
             f"paro: no attention of this {type(job.model).__name__} has tokens that form a grid, "

@@ -19,7 +19,7 @@ from dq.calibrate import Calibration
 from dq.errors import DQError
 from dq.family import Role
 from dq.method import Job, Method, methods
-from dq.nn.steps import ARGUMENT, noted
+from dq.nn.steps import ARGUMENT, by_row, noted
 from dq.plan import LayerSpec, Plan
 
 __all__ = ["StepGroups", "captured_times", "centres"]
@@ -39,7 +39,7 @@ def captured_times(model: nn.Module, calibration: Calibration) -> tuple[float, .
     times: set[float] = set()
     for calls in calibration.batches():
         for call in calls:
-            times |= set(torch.as_tensor(call[ARGUMENT]).reshape(-1).float().tolist())
+            times |= set(by_row(call[ARGUMENT]).tolist())
     return tuple(sorted(times))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dq.errors import DQError
 
-__all__ = ["ARGUMENT", "Match", "Steps", "noted", "watch"]
+__all__ = ["ARGUMENT", "Match", "Steps", "by_row", "noted", "watch"]
 
 ARGUMENT = "timestep"  # as all denoisers of diffusers call it; flow-matching models give sigma here
 
@@ -61,7 +61,7 @@ class Steps:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the timestep of a call; what pre-hooks are called with."""
         value = kwargs[ARGUMENT] if ARGUMENT in kwargs else args[self._place]
-        now = torch.as_tensor(value).detach().reshape(-1).float()
+        now = by_row(value)
         # Asking for values would break a graph; there, every row is looked up for itself.
         same = len(now) > 1 and not torch.compiler.is_compiling() and bool((now == now[0]).all())
         self._now = now[:1] if same else now
@@ -118,6 +118,17 @@ class Steps:
         now = self.now()
         equal = now[:, None] == now.new_tensor(times)
         return Match(equal.int().argmax(1), equal.any(1), None)
+
+
+def by_row(timestep: Tensor | float) -> Tensor:
+    """Return the timestep of each row of a call, `(B,)` float32, or `(1,)` for all of them.
+
+    Args:
+        timestep: A number, `(B,)`, or `(B, tokens)`: tokens that are not noise, such as those of a
+            picture that a video begins with, have smaller ones than their row.
+    """
+    value = torch.as_tensor(timestep).detach().float()
+    return value.flatten(1).amax(1) if value.dim() > 1 else value.reshape(-1)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from dq.errors import DQError
 from dq.kernels.block_sparse import live_blocks
+from dq.kernels.kernel import stamp_of
 from dq.kernels.live_blocks import LiveBlocks
 from dq.nn.steps import Steps
 from dq.tokens.choice import Chosen
@@ -40,7 +40,6 @@ class TokenSite(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.text = json.dumps(spec.to_dict())  # for graphs
         self.steps: Steps | None = None
         self._ready: dict[tuple[Any, ...], LiveBlocks] = {}
         orders = torch.empty(spec.heads, dtype=torch.uint8, device=device)
@@ -67,12 +66,7 @@ class TokenSite(nn.Module):
 
     def live(self, group: int = 0) -> LiveBlocks:
         """Return order and mask of a step group; kept until they change or move."""
-        key = (
-            group,
-            self.block_mask.data_ptr(),
-            self.block_mask._version,
-            self.token_order._version,
-        )
+        key = group, *stamp_of(self.block_mask, self.token_order)
         if key not in self._ready:
             made = live_blocks(self.spec, self.token_order, self.block_mask, group)
             self._ready = {key: made}  # the last one only: steps come in order

@@ -78,6 +78,15 @@ def test_masks_and_dropout_are_left_to_torch(calls: list[tuple[int, ...]]) -> No
     assert calls == [(1, 2, 8, 16)]
 
 
+def test_masks_are_left_to_the_dispatcher(calls: list[tuple[int, ...]]) -> None:
+    q, k, v = (torch.randn(1, 8, 2, 16).bfloat16() for _ in range(3))
+    mask = torch.rand(1, 2, 8, 8) > 0.3
+    expected = attention_dispatch.dispatch_attention_fn(q, k, v, attn_mask=mask)
+    assert torch.equal(functions.dispatch_attention_fn(q, k, v, mask), expected)
+    assert torch.equal(functions.dispatch_attention_fn(q, k, v, attn_mask=mask), expected)
+    assert calls == []
+
+
 def test_a_backend_that_users_ask_diffusers_for_goes_first(calls: list[tuple[int, ...]]) -> None:
     q, k, v = (torch.randn(1, 8, 2, 16).bfloat16() for _ in range(3))
     ours = functions.dispatch_attention_fn(q, k, v, None, 0.0, False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from dq import attention
@@ -27,7 +28,7 @@ from dq.methods.ptq import PTQ
 from dq.pipelines.footprint import footprint
 from dq.plan import Plan
 from dq.recipe import Recipe
-from dq.runtime import compile_blocks
+from dq.runtime import compile_blocks, install
 from tests.models import MODELS, VIDEOS
 from tests.packed import relative_error, same_state
 from tests.sources import Samples
@@ -124,6 +125,83 @@ def test_cross_attention_is_left_alone() -> None:
     assert plan.attention
     assert all(name.endswith("attn1") for name in plan.attention)
     assert plan.notes["paro"].endswith("; 2 other attentions are left as they are")
+
+
+class Given(Samples):
+    """Feeds one batch, again and again."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        super().__init__(model)
+        self.batch = batch
+
+    @torch.no_grad()
+    def run(self, spec: CalibrationSpec, batch: int) -> torch.Tensor:
+        for _ in range(2):
+            output = run(self.model, self.batch)
+        return output
+
+
+def test_a_prompt_of_as_many_tokens_as_the_image_is_no_grid() -> None:
+    model = network("sd32")
+    batch = inputs(model)
+    batch["sample"] = torch.randn(2, 4, 4, 8)
+    batch["encoder_hidden_states"] = batch["encoder_hidden_states"][:, :8]  # 2 x 4 at one level
+    plan = quantize(model, Recipe("t", (PARO(0.5, (4,)),), SMALL), Given(model, batch))
+    assert plan.attention
+    assert all(name.endswith("attn1") for name in plan.attention)
+
+
+def test_a_second_recipe_is_refused() -> None:
+    model, plan = made("dit64", PARO(0.5, (8,)))
+    with pytest.raises(DQError, match=r"quantized already.*dequantize"):
+        quantize(model, Recipe("t", (PTQ("int8", "int8"),), SMALL), Samples(model))
+    assert attention.specs_of(model) == plan.attention
+
+
+def test_it_is_said_when_processors_are_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any
+    model, plan = made("sd32", PARO(0.5, (8,)))
+    with torch.no_grad(), caplog.at_level("WARNING", "dq"):
+        before = run(model, inputs(model))
+        with attention.exact(model):
+            run(model, inputs(model))
+        assert not caplog.records
+        model.set_attn_processor(AttnProcessor2_0())
+        for _ in range(2):
+            run(model, inputs(model))
+        (record,) = caplog.records
+        assert f"{len(plan.attention)} attentions" in record.getMessage()
+        install(model, plan.attention)
+        assert torch.equal(run(model, inputs(model)), before)
+
+
+@pytest.mark.parametrize("what", ["quantized", "loaded"])
+def test_inference_mode(what: str, tmp_path: Path) -> None:
+    model, plan = made("dit64", PARO(0.5, (8,)))
+    attach(model, plan)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with torch.inference_mode():
+        if what == "loaded":
+            again: Any = type(model).from_pretrained(tmp_path)  # type: ignore[attr-defined]
+        else:
+            again, _ = made("dit64", PARO(0.5, (8,)))
+        found = run(again, inputs(again))
+    with torch.no_grad():
+        expected = run(model, inputs(model))
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_timesteps_of_tokens_are_those_of_their_row() -> None:
+    """A video that begins with a picture gives the tokens of that the timestep 0."""
+    model, _ = made("wan", PARO(0.5, (8,), groups=2))
+    batch = inputs(model)
+    tokens = next(iter(attention.specs_of(model).values())).tokens
+    assert tokens is not None
+    every = batch["timestep"].reshape(-1, 1).expand(2, tokens.layout.tokens).clone()
+    every[:, :4] = 0
+    with torch.no_grad():
+        found = run(model, {**batch, "timestep": every})
+    assert found.isfinite().all()
 
 
 def test_the_first_attentions_may_stay_whole() -> None:

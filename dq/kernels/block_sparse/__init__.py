@@ -4,8 +4,8 @@ A file a way; `reference` defines what all of them compute, `by_block` what thos
 operands do.
 """
 
+from dq.kernels.block_sparse.by_group import attend_by_group, live_blocks
 from dq.kernels.block_sparse.choice import block_sparse_attention, path
-from dq.kernels.block_sparse.op import attend_by_group, live_blocks, ordered_attention
 from dq.kernels.block_sparse.way import FLOAT, Operands, Way, ways
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "attend_by_group",
     "block_sparse_attention",
     "live_blocks",
-    "ordered_attention",
     "path",
     "ways",
 ]
