@@ -250,6 +250,13 @@ def test_wrong_arguments(wrong: dict[str, object]) -> None:
         run((TINY,), **wrong)  # type: ignore[arg-type]
 
 
+def test_ways_that_cannot_compute_are_named() -> None:
+    with pytest.raises(DQError, match="triton cannot compute this on cpu"):
+        sparse_attention(128, 2, 16, densities=(0.5,), repeats=2, asked=("triton",))
+    with pytest.raises(DQError, match=r"unknown way of block-sparse attention"):
+        sparse_attention(128, 2, 16, asked=("tritn",))
+
+
 def test_block_sparse_attention_is_timed_beside_dense() -> None:
     report = sparse_attention(128, 2, 16, densities=(0.5,), repeats=2)
     names = set(report.times)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dq.bench.report import Machine
 from dq.bench.timing import Times, interleave, threads_set
+from dq.errors import DQError
 from dq.kernels.attention import attention, serves
 from dq.kernels.block_sparse import FLOAT, Operands, ways
 from dq.kernels.live_blocks import LiveBlocks
@@ -45,6 +48,10 @@ class SparseReport:
         """Return JSON values."""
         times = {name: t.milliseconds for name, t in self.times.items()}
         return {"shape": list(self.shape), "machine": vars(self.machine), "milliseconds": times}
+
+    def save(self, path: Path) -> None:
+        """Write JSON."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
         dense = {n: t.milliseconds for n, t in self.times.items() if "@" not in n}
@@ -92,6 +99,9 @@ def run(
         repeats: Rounds, of which medians are taken.
         device: Where.
         asked: Names of ways; none for all that would be chosen.
+
+    Raises:
+        DQError: If one that was asked for is unknown, or cannot compute this here.
     """
     names = list(asked) or [n for n, w in ways.items() if n not in _LEFT_OUT and w.rank is not None]
     dtypes = (torch.bfloat16,) if device.startswith("cuda") else (torch.bfloat16, torch.float32)
@@ -120,6 +130,9 @@ def run(
                         few = "" if operands == FLOAT else f" {'/'.join(map(str, operands))}"
                         title = f"{word} {name}{few} @ {density:g}"
                         runs[title] = partial(way.run, q, k, v, scale, blocks, operands)
+    idle = [name for name in asked if not any(f" {name} " in run and "@" in run for run in runs)]
+    if idle:
+        raise DQError(f"{', '.join(idle)} cannot compute this on {device}; leave --way out for all")
     machine = Machine.here(threads, device)
     if device.startswith("cuda"):
         runs = {name: partial(_finished, call) for name, call in runs.items()}

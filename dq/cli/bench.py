@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dq.cli.options import AsJson, Device, Seed, numbers, print_json
+from dq.errors import DQError
 
 __all__ = ["bench"]
 
@@ -56,9 +57,13 @@ def bench(
     if attention:
         from dq.bench.attention import run as run_attention
 
+        if plot is not None or profile:
+            raise DQError("--attention takes no --plot and no --profile: those are of denoisers")
         shares = numbers(densities)
         shape = attention, heads, depth, batch
         found = run_attention(*shape, shares, 64, threads, repeats, device, way or ())
+        if output is not None:
+            found.save(output)
         print_json(found.to_dict()) if as_json else print(found)
         return
     from dq.bench import MODELS, RECIPES, run
