@@ -28,7 +28,7 @@ int dq_has_attention(void) { return 1; }
 
 /* 2 to the power of x <= 0. The polynomial errs by 2e-6, far below the bf16 it is rounded to. */
 INLINE __m512 power_of_two(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-126.f));
+  x = _mm512_max_ps(_mm512_set1_ps(-126.f), x); /* in this order NaN stays NaN */
   __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
   __m512 p = _mm512_set1_ps(1.33335581e-3f);
   p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(9.61812911e-3f));

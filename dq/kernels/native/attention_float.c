@@ -42,7 +42,7 @@ INLINE vector larger(vector a, vector b) {
 
 /* 2 to the power of x <= 0, to 2e-7. */
 INLINE vector power_of_two(vector x) {
-  x = larger(x, all(-126.f));
+  x = larger(all(-126.f), x); /* in this order NaN stays NaN */
   vector nearest = (x + 12582912.f) - 12582912.f, rest = x - nearest; /* 1.5 * 2 ** 23 */
   vector p = rest * 1.54035304e-4f + 1.33335581e-3f;
   p = p * rest + 9.61812911e-3f;

@@ -89,6 +89,21 @@ def test_with_every_block_it_is_plain_attention(name: str, dtype: torch.dtype) -
     torch.testing.assert_close(made, wanted, rtol=0, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("name", [*NAMES, "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_no_number_stays_none(name: str, dtype: torch.dtype) -> None:
+    """A broken model has to show: finite images of it would pass for real ones."""
+    layout = TokenLayout((8, 8))
+    q, k, v = operands(layout.tokens, 2, 32, dtype)
+    q[0, 0, 5] = torch.nan
+    blocks = sparse(layout, 2, (32, 32), density=1.0)
+    if not ways[name].serves(q, k, v, blocks, FLOAT):
+        pytest.skip(f"{name} does not take these")
+    lost = block_sparse_attention(q, k, v, 0.2, blocks, asked=name).isnan().all(-1)
+    assert lost[0, 0, 5]
+    assert int(lost.sum()) == 1
+
+
 def test_what_is_taken_is_named() -> None:
     blocks = sparse(LAYOUTS[0], 2, (16, 16))
     q = torch.randn(1, 2, 64, 16).half()
