@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dq.scales import Scales, usable
+from dq.scales import Scales, positive
 
 __all__ = ["decode_signs", "encode_signs", "fit_signs", "greedy_signs", "signs"]
 
@@ -122,7 +122,7 @@ def fit_signs(x: Tensor, bases: int, offset: bool = False) -> Scales:
 
 
 def _scales(found: list[Tensor], offset: Tensor | None) -> Scales:
-    first = usable(found[0])
+    first = positive(found[0])
     zero = None if offset is None else -offset / first
     more = torch.stack(found[1:], -1) if len(found) > 1 else None
     return Scales(first, zero, None, more)

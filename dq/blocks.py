@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dq.formats import FloatFormat, Format, formats
-from dq.scales import Scales, usable
+from dq.scales import Scales, positive, usable
 from dq.spec import TensorSpec
 
 __all__ = ["float_blocks", "integer_blocks", "outer_scale"]
@@ -163,7 +163,7 @@ def integer_blocks(parts: Tensor, scale: Tensor, spec: TensorSpec) -> Scales:
     top = int(formats[spec.scale_format].high) + 1
     # A group of zeros has scale 1, above its largest magnitude: it must not coarsen its row.
     widest = torch.minimum(scale, parts.abs().amax(-1)).amax(1, keepdim=True) / top
-    widest = usable(widest)
+    widest = positive(widest) if spec.is_binary else usable(widest)
     best_row, best_multiplier = widest, torch.ones_like(scale)
     best_error = torch.full_like(widest, torch.inf)
     for shrink in (1.0, 0.925, 0.85):

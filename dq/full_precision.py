@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from dq import attention
 from dq.calls import mapped
 from dq.nn import exchanged, plain_layers
-from dq.nn.layers import Layer
 
 __all__ = ["as_float32", "floated", "full_precision"]
 
 
 @contextmanager
 def full_precision(
-    model: nn.Module, layers: Mapping[str, Layer] | None = None
+    model: nn.Module, layers: Mapping[str, nn.Module] | None = None
 ) -> Iterator[nn.Module]:
     """While active, a denoiser with simulated layers computes with its own float weights.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dq.formats import IntFormat
 from dq.spec import TensorSpec
 
-__all__ = ["Scales", "scales_of_range", "usable"]
+__all__ = ["Scales", "positive", "scales_of_range", "usable"]
 
 
 class Scales(NamedTuple):
@@ -74,6 +74,11 @@ def scales_of_range(low: Tensor, high: Tensor, spec: TensorSpec) -> Scales:
     low, high = low.clamp_max(0), high.clamp_min(0)
     scale = usable((high - low) / (grid.high - grid.low))
     return Scales(scale, torch.round(grid.low - low / scale).clamp_(grid.low, grid.high))
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Return scales of formats without a zero: those of blocks of zeros become next to nothing."""
+    return scale.clamp_min(1e-12)
 
 
 def usable(scale: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -216,10 +217,13 @@ class PipelineSource:
         return dataclasses.replace(spec, n=n, first=spec.first + spec.n, seed=spec.held_out_seed)
 
     def identity(self, spec: CalibrationSpec) -> dict[str, Any]:
-        """Return the prompts, the scheduler, and a fingerprint of each text encoder."""
+        """Return the prompts, the scheduler, the images, and a fingerprint of what encodes them."""
         pipe = self.pipe
-        parts = {name: part for name, part in pipe.components.items() if "encoder" in name}
+        known = ("encoder", "vae") if spec.folder else ("encoder",)
+        parts = {n: p for n, p in pipe.components.items() if any(word in n for word in known)}
+        files = folder_files(spec.folder) if spec.folder else []
         return {
+            "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
             "calibration": dataclasses.asdict(spec),
             "prompts": self._prompts(spec),
             "guidance": self.guidance,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from dq import attention
 from dq.errors import DQError, inside
 from dq.export.exporter import Exporter, exporters
 from dq.export.forms import form
@@ -21,6 +23,8 @@ from dq.nn import PackedLayer, describe, packed_layers
 from dq.nn.stored import TENSORS
 
 __all__ = ["check", "export"]
+
+logger = logging.getLogger("dq")
 
 _FILE = "diffusion_pytorch_model.safetensors"
 _REPLACED = ("*.safetensors", "*.bin", "*.index.json")
@@ -62,6 +66,12 @@ def export(
     check(source, to, output, overwrite)
     exporter = exporters[to]
     layers = packed_layers(model)
+    changed = attention.specs_of(model)
+    if changed:
+        logger.warning(
+            "%d attentions are quantized or ordered here; elsewhere they are computed in full",
+            len(changed),
+        )
     reasons = {name: exporter.refuses(layer) for name, layer in layers.items()}
     _check_static(source, layers)
     _check_fit(exporter, source, reasons)
@@ -110,6 +120,11 @@ def _check_static(source: Path, layers: Mapping[str, PackedLayer]) -> None:
             raise DQError(
                 f"{source}: {describe(name, layer)} has scales for groups of steps, which no other "
                 "library knows; quantize without step-groups"
+            )
+        if layer.spec.tabled:
+            raise DQError(
+                f"{source}: outputs of {describe(name, layer)} are stored for timesteps, which no "
+                "other library looks up; quantize with layers of time kept, not cached"
             )
         if layer.spec.output_groups:
             raise DQError(

@@ -114,6 +114,11 @@ class BinaryDM(Finetuning):
         if self.salient and self.group:
             raise DQError("salient channels leave no groups of columns: group is 0")
         self._dense()  # checks the name
+        both = {self.outer, self.inner}
+        if "xnor" not in both and (self.estimator != "ste" or self.centred):
+            raise DQError("estimator and centred are of xnor, which is neither outer nor inner")
+        if "ebb" not in both and not self.fading:
+            raise DQError("fading is of ebb, which is neither outer nor inner")
         if self.part < 1:
             raise DQError(f"part is 1 or more, not {self.part}")
 
@@ -139,9 +144,14 @@ class BinaryDM(Finetuning):
         return dataclasses.replace(job.plan, layers=layers)
 
     def _binary(self, spec: LayerSpec, layer: Layer, outer: bool) -> LayerSpec:
-        count = round(self.salient * input_channels(layer))
+        channels = input_channels(layer)
+        count = min(round(self.salient * channels), channels - 1)
         if not count or (isinstance(layer, nn.Conv2d) and layer.groups != 1):
             return dataclasses.replace(spec, weight=self._stored(outer))
+        if spec.transform is not None and spec.transform.rotation:
+            raise DQError(
+                "salient channels are of inputs as they are: leave hadamard or salient out"
+            )
         return dataclasses.replace(
             spec, weight=self._stored(outer), salient=self._dense(), salient_channels=count
         )
@@ -172,7 +182,7 @@ class BinaryDM(Finetuning):
             for index, layer in enumerate(layers):
                 layer.at(progress, not self.progressive or step >= round(abs(index - middle)))
 
-        loss = self._loss(job, layers, norms, first)
+        loss = self._loss(job, layers, first)
         stage = job.calibration.stage("binarydm")
         found = tune(groups, loss, samples, held_out, schedule, job.calibration.work, stage, at)
         for layer in layers:
@@ -222,21 +232,17 @@ class BinaryDM(Finetuning):
         rates = self.weight_rate, self.scale_rate
         groups = [group for layer in layers for group in layer.groups(*rates)]
         if norms:
-            learning = [p for name in norms for p in job.model.get_submodule(name).parameters()]
+            learning = [p for norm in norms.values() for p in norm.parameters(recurse=False)]
             groups.append(Group(learning, self.norm_rate))
         if inputs:
             groups.append(Group([q.learn() for q in inputs], self.input_rate))
         return groups
 
-    def _loss(
-        self, job: Job, layers: list[Binarized], norms: Mapping[str, nn.Module], first: Call
-    ) -> Any:
+    def _loss(self, job: Job, layers: list[Binarized], first: Call) -> Any:
         """Return the loss of a batch: of the output, the features and the second scales."""
         blocks = job.family.blocks(job.model) if self.mimicking else ()
         weighs = self.mimicking, 1.0
-        distilled = Distillation(
-            job.model, blocks, *weighs, autocast=self.autocast, originals=norms
-        )
+        distilled = Distillation(job.model, blocks, *weighs, autocast=self.autocast)
         if blocks:
             _, features = distilled.teacher(first)
             distilled.local = Mimicry(features, self.part, self.normalized)

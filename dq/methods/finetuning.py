@@ -21,6 +21,7 @@ from dq.family import Role
 from dq.full_precision import as_float32, floated
 from dq.method import Job, Method
 from dq.nn import Quantizer, QuantLayer
+from dq.nn.swap import ORIGINAL
 from dq.tuning.loop import Schedule, Tuned
 from dq.tuning.samples import Samples
 
@@ -177,5 +178,7 @@ def _checkpointing(model: Any) -> Iterator[None]:
 
 def share(model: nn.Module, learned: int) -> str:
     """Say how much of a model learns, in words."""
-    total = sum(p.numel() for name, p in model.named_parameters() if ".latent" not in name)
+    twice = (".latent", ORIGINAL)  # what learns, and what it began as
+    parameters = model.named_parameters()
+    total = sum(p.numel() for name, p in parameters if not any(part in name for part in twice))
     return f"{100 * learned / total:.1f} % of {total} weights learn"

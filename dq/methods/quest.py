@@ -20,7 +20,7 @@ from dq.method import Job, methods
 from dq.methods.finetuning import BLOCKS, Finetuning, layers_of, share, static_inputs
 from dq.nn import Quantizer, QuantLayer
 from dq.nn.latent import FullWeight, LowRankWeight
-from dq.plan import check_whole
+from dq.plan import Plan, check_whole
 from dq.quantize import dequantize
 from dq.rounding.cells import within_cells
 from dq.tuning.align import align
@@ -95,6 +95,22 @@ class QuEST(Finetuning):
                 raise DQError(f"{name} is 0 or more, not {getattr(self, name)}")
         if self.rank < 0 or self.top_tokens < 1:
             raise DQError("rank is 0 or more, top_tokens 1 or more")
+        if not self.local_weight and not self.global_weight:
+            raise DQError("local_weight and global_weight are both 0: nothing would be learned")
+
+    def decide(self, job: Job) -> Plan:
+        """Leave the plan as it is; see `Method.decide`.
+
+        Raises:
+            DQError: If it has layers with salient channels, which learn under binarydm only.
+        """
+        split = [name for name, spec in job.plan.layers.items() if spec.salient is not None]
+        if split:
+            raise DQError(
+                f"quest: {split[0]} has salient channels, whose two formats do not learn further; "
+                "leave salient of binarydm or quest out"
+            )
+        return job.plan
 
     def learn(self, job: Job) -> None:
         """See `Finetuning.learn`."""
@@ -163,7 +179,9 @@ class QuEST(Finetuning):
         if bias is not None:
             layer.latent_bias = nn.Parameter(bias.detach().float().clone())
         # A weight must not leave its level by noise alone (EfficientDM's scale-aware rate).
-        rate = self.drift * float(scales.step.mean()) / self.steps
+        steps = scales.step.expand(len(matrix), -1)
+        alive = matrix.abs().amax(1) > 0  # others have a scale that says nothing
+        rate = self.drift * float(steps[alive].mean() if alive.any() else 0.0) / self.steps
         biases = [] if layer.latent_bias is None else [Group([layer.latent_bias], rate)]
         if not self.rank:
             layer.latent = FullWeight(matrix)
@@ -187,7 +205,8 @@ class QuEST(Finetuning):
         """Make the scales of static inputs and of weights learnable."""
         layers = [m for m in model.modules() if isinstance(m, QuantLayer)]
         static = static_inputs(model)
-        weights = [m.weight_quantizer for m in layers]
+        # Formats whose scales are powers of two have no other: other libraries read only those.
+        weights = [m.weight_quantizer for m in layers if m.spec.weight.scale_format != "e8m0"]
         groups = []
         for quantizers, rate in ((static, self.scale_rate), (weights, self.weight_scale_rate)):
             if quantizers and rate:

@@ -31,13 +31,13 @@ _TREATMENTS: Mapping[str, tuple[Method, ...]] = {
 
 
 def _build(found: re.Match[str]) -> Recipe:
-    weight, low = found["weight"], found["input"]
+    weight, low, asked = found["weight"], found["input"], found.groupdict()
     if low == "4":  # groups of an input have scales of their own, and outliers are spread in them
         ptq = PTQ(f"int{weight}", "int4-g32", wide_inputs="int8", wide_roles=_WIDE)
     else:
-        ptq = PTQ(f"int{weight}", f"int{low}", found["scales"] or "auto", wide_roles=_WIDE)
+        ptq = PTQ(f"int{weight}", f"int{low}", asked["scales"] or "auto", wide_roles=_WIDE)
     spread, operands = ((Hadamard(),), (Operands(),)) if low == "4" else ((), ())
-    groups = (StepGroups(int(found["groups"])),) if found["groups"] else ()
+    groups = (StepGroups(int(asked["groups"])),) if asked.get("groups") else ()
     rounded = (GPTQ(),) if int(weight) <= GPTQ.widest else ()
     time = found["time"] or "keep"
     before = (ptq, *_TREATMENTS[time], *spread, *groups, BOS(), *operands, *rounded)
@@ -53,7 +53,8 @@ def _paper(found: re.Match[str]) -> Recipe:
     return Recipe(found[0], (ptq, AdaRound(), quest), _CALIBRATION)
 
 
-_END = rf"(-(?P<scales>static|dynamic))?(-s(?P<groups>\d+))?(-(?P<time>{'|'.join(_TREATMENTS)}))?"
+_SCALES = r"(-(?P<scales>static|dynamic))?(-s(?P<groups>\d+))?"
+_END = rf"(-(?P<time>{'|'.join(_TREATMENTS)}))?"
 for _name, _help in {
     "quest-w4a8": "w4a8 with GPTQ, then the weights of the blocks and all scales are finetuned; "
     "-cache or -align the layers of time, -static -s4 for scales in 4 groups of steps",
@@ -62,7 +63,9 @@ for _name, _help in {
     "experimental",
 }.items():
     _weight, _input = re.findall(r"\d", _name)[:2]
-    _pattern = rf"quest-w(?P<weight>{_weight})a(?P<input>{_input}){_END}"
+    # Inputs of 4 bits have scales of their own in every group, found at run time.
+    _scales = "" if _input == "4" else _SCALES
+    _pattern = rf"quest-w(?P<weight>{_weight})a(?P<input>{_input}){_scales}{_END}"
     templates.add(_name, Template(_pattern, _help, _build))
 templates.add(
     "quest-paper",

@@ -67,6 +67,16 @@ class Steps:
         self._now = now[:1] if same else now
         self._nearest, self._exact = {}, {}
 
+    @contextmanager
+    def at(self, timestep: Tensor) -> Iterator[None]:
+        """While active, the step is the one of an earlier call, as `now` has returned it."""
+        before = self._now, self._nearest, self._exact
+        self._now, self._nearest, self._exact = timestep, {}, {}
+        try:
+            yield
+        finally:
+            self._now, self._nearest, self._exact = before
+
     def now(self) -> Tensor:
         """Return the timesteps, `(B,)` float32, or `(1,)` if that of all rows is the same.
 

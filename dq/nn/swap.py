@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from dq.scales import Scales
 from dq.transform import NO_TRANSFORM, Transform
 
 __all__ = [
+    "ORIGINAL",
     "empty_packed",
     "exchanged",
     "install",
@@ -32,6 +33,9 @@ __all__ = [
     "uninstall",
     "unpack_model",
 ]
+
+
+ORIGINAL = "dq_original"  # name, below a module that learns, of the one that it learns from
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -92,25 +96,33 @@ def install(
         if isinstance(layer, QuantLayer):
             made.take_over(layer)
         done.append((name, made))
-    uninstall(model, keep=plan.layers)
+    for name, plain in _simulated(model).items():
+        if name not in plan.layers:
+            replace(model, name, plain)
     for name, layer in done:
         replace(model, name, layer)
     watch(model)
 
 
-def uninstall(model: nn.Module, keep: Container[str] = ()) -> None:
-    """Replace every simulated layer, but those to keep, by the float one that it was made from."""
+def uninstall(model: nn.Module) -> None:
+    """Replace every simulated layer by the float one that it was made from, and learned norms."""
     for name, layer in plain_layers(model).items():
-        if name not in keep:
-            replace(model, name, layer)
+        replace(model, name, layer)
     watch(model)
 
 
-def plain_layers(model: nn.Module) -> dict[str, Layer]:
-    """Return the float layer of each simulated one; they share their parameters.
+def plain_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what a model's layers were before: float layers, and norms that had not learned.
 
-    With `exchanged` the model is itself in full precision for a while, without a second model.
+    With `exchanged` the model is itself in full precision for a while, without a second model:
+    float layers share the parameters of simulated ones.
     """
+    learned = {n: m._modules.get(ORIGINAL) for n, m in model.named_modules()}
+    return {**_simulated(model), **{n: m for n, m in learned.items() if m is not None}}
+
+
+def _simulated(model: nn.Module) -> dict[str, Layer]:
+    """Return the float layer of each simulated one."""
     layers = {}
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLayer):
@@ -139,6 +151,8 @@ def pack_model(model: nn.Module) -> None:
             done.append((name, made))
     for name, made in done:
         replace(model, name, made)
+    for module in [*model.modules()]:
+        module._modules.pop(ORIGINAL, None)
 
 
 def empty_packed(model: nn.Module, plan: Plan) -> None:

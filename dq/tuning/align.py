@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from dq.calls import Call, run
 from dq.full_precision import full_precision
+from dq.nn.steps import ARGUMENT, by_row
 from dq.progress import track
 from dq.taps import tap_inputs, tap_outputs
 from dq.tuning.loop import Group, Schedule, tune
@@ -49,11 +51,15 @@ def align(
         seen: dict[str, Tensor] = {}
         with torch.no_grad(), tap_inputs({name: modules[name]}, seen.__setitem__):
             run(model, batch)
-        layer = modules[name]
-        calls = [{"input": seen[name], "target": targets[name]}]
-        samples = Samples(calls, "input")
+        layer: Any = modules[name]
+        call = {"input": seen[name], "target": targets[name]}
+        if layer.steps is not None:
+            call[ARGUMENT] = by_row(batch[ARGUMENT]).expand(len(seen[name]))
+        samples = Samples([call], "input")
 
-        def loss(call: Call, layer: nn.Module = layer) -> Tensor:
+        def loss(call: Call, layer: Any = layer) -> Tensor:
+            if layer.steps is not None:  # rows come in another order than the denoiser saw them
+                layer.steps(layer, (), call)
             return F.mse_loss(layer(call["input"]).float(), call["target"].float())
 
         tune(learn(name), loss, samples, samples, schedule, Work(None), name)

@@ -27,6 +27,7 @@ class Binarized:
     def __init__(self, layer: Any, make: Callable[[Tensor], Binarizer]) -> None:
         self.layer = layer
         matrix = layer.matrix().detach().float()
+        layer.codes = None  # of an earlier step, which would be computed with instead
         layer.latent = FullWeight(matrix)
         bias = layer.changed_bias()
         if bias is not None:

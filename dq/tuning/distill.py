@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 
 from dq.calls import Call, run
 from dq.full_precision import full_precision
-from dq.nn import exchanged, plain_layers
+from dq.nn import plain_layers
 from dq.taps import tap_outputs
 
 __all__ = ["Distance", "Distillation", "Local", "sum_of_errors"]
@@ -46,7 +45,6 @@ class Distillation:
             exact in any case: what it says wrongly cannot be unlearned.
         local: How far the modules' outputs are from each other; of a module that puts out several
             tensors the largest counts.
-        originals: Further modules of the teacher by name, where the student has others.
     """
 
     def __init__(
@@ -58,13 +56,12 @@ class Distillation:
         distance: Distance = F.mse_loss,
         autocast: torch.dtype | None = None,
         local: Local = sum_of_errors,
-        originals: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self.layers = tuple(layers) if local_weight else ()
         self.local_weight, self.global_weight = local_weight, global_weight
         self.distance, self.autocast, self.local = distance, autocast, local
-        self._plain, self._originals = plain_layers(model), originals
+        self._plain = plain_layers(model)
 
     def __call__(self, call: Call) -> Tensor:
         """Return the loss of one batch, a float32 scalar."""
@@ -79,8 +76,7 @@ class Distillation:
 
     def teacher(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the output in full precision, and those of the layers with local terms."""
-        originals = exchanged(self.model, self._originals)
-        with torch.no_grad(), originals, full_precision(self.model, self._plain):
+        with torch.no_grad(), full_precision(self.model, self._plain):
             return self._run(call)
 
     def _run(self, call: Call) -> tuple[Tensor, dict[str, Tensor]]:

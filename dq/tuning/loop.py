@@ -135,6 +135,8 @@ class _Loop:
                 f"do not divide batch {schedule.batch}"
             )
         self.parameters = [p for group in groups for p in group.parameters]
+        if not self.parameters:
+            raise DQError("nothing learns: no layer is chosen, and no rate is above 0")
         self.loss, self.samples, self.held_out, self.schedule = loss, samples, held_out, schedule
         self.at_progress = at
         options: list[dict[str, Any]] = [
@@ -155,12 +157,12 @@ class _Loop:
         self.optimizer.zero_grad()
         rows = self._rows()[self.processes.process_index :: self.processes.num_processes]
         size = len(rows) // self.schedule.accumulate
-        mean = torch.zeros(())
+        mean = torch.zeros((), device=self.processes.device)  # what other processes can be sent
         for start in range(0, len(rows), size):
             part = self.loss(self.samples.batch(rows[start : start + size]))
             part = part / self.schedule.accumulate
             part.backward()
-            mean = mean + part.detach().float().cpu()
+            mean = mean + part.detach().float().to(mean.device)
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad = reduce(parameter.grad, "mean")
@@ -195,10 +197,10 @@ class _Loop:
         self.at_progress(1.0)
         mine = range(self.processes.process_index, len(self.held_out), self.processes.num_processes)
         size = self.schedule.batch // (self.schedule.accumulate * self.processes.num_processes)
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.processes.device)
         for start in range(0, len(mine), size):
             rows = mine[start : start + size]
-            total += len(rows) * self.loss(self.held_out.batch(rows)).float().cpu()
+            total += len(rows) * self.loss(self.held_out.batch(rows)).float().to(total.device)
         found = float(reduce(total, "sum")) / len(self.held_out)
         if self.step == 0:
             self.start = found

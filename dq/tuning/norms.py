@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from dq.nn.swap import replace
+from dq.nn.swap import ORIGINAL, replace
 
 __all__ = ["norms_as_before", "norms_of", "norms_to_learn"]
 
 
 def norms_of(model: nn.Module) -> dict[str, Any]:
-    """Return the norms that have a weight, by name."""
+    """Return the norms that have a weight, by name; not those of the teacher."""
     return {
         name: module
         for name, module in model.named_modules()
         if "norm" in type(module).__name__.lower()
         and isinstance(getattr(module, "weight", None), nn.Parameter)
+        and not name.endswith(ORIGINAL)
     }
 
 
-def norms_to_learn(model: nn.Module) -> Mapping[str, nn.Module]:
+def norms_to_learn(model: nn.Module) -> dict[str, nn.Module]:
     """Put copies that learn in the places of a model's norms.
 
+    They are float32: steps near 1 are smaller than what bfloat16 tells apart there. Below each is
+    the norm that was there before any has learned; see `dq.nn.plain_layers`.
+
     Returns:
-        The norms that were there, by name: those of the teacher.
+        The copies, by name.
     """
-    norms = norms_of(model)
-    for name, norm in norms.items():
-        replace(model, name, copy.deepcopy(norm).requires_grad_())
-    return norms
+    made = {}
+    for name, norm in norms_of(model).items():
+        original = norm._modules.pop(ORIGINAL, norm)
+        made[name] = copy.deepcopy(norm).float().requires_grad_()
+        made[name].add_module(ORIGINAL, original.requires_grad_(False))
+        replace(model, name, made[name])
+    return made
 
 
 @contextmanager

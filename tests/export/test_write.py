@@ -143,6 +143,7 @@ STATIC = TensorSpec("int4", Granularity("tensor"), symmetric=False)
         ({"input": replace_spec(STATIC, granularity=Granularity("group", 1))}, "a simulation only"),
         ({"input": replace_spec(STATIC, step_groups=(1.0, 9.0))}, "without step-groups"),
         ({"output_groups": (1.0, 9.0)}, "without ptqd"),
+        ({"tabled": (1.0, 9.0)}, "kept, not cached"),
     ],
 )
 def test_what_needs_dq_to_be_the_same_model_is_refused(

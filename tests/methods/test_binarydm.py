@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from dq.calibrate import CalibrationSpec, NeedsData
 from dq.engine import quantize
 from dq.errors import DQError
 from dq.family import Role, family_of
-from dq.method import Method
+from dq.full_precision import full_precision
+from dq.method import Job, Method
 from dq.methods.binarydm import BinaryDM
+from dq.methods.hadamard import Hadamard
 from dq.methods.ptq import PTQ
 from dq.nn import packed_layers
+from dq.nn.swap import ORIGINAL
 from dq.plan import Plan
 from dq.recipe import Recipe
+from dq.tuning import loop
 from tests.methods.test_quest import held_out_error
 from tests.models import MODELS
-from tests.packed import same_state
+from tests.packed import forward, same_state
 from tests.sources import Samples
 
 WIDE = ("io", "time", "modulation", "caption")
@@ -179,6 +184,77 @@ def test_norms_learn_with_the_weights_and_the_teacher_keeps_its_own(name: str) -
     assert all(p.requires_grad for n, p in moved.named_parameters() if n in changed)
 
 
+@dataclass(frozen=True)
+class Compared(Method):
+    """Keeps what the model says in full precision once an earlier step has learned."""
+
+    found: list[torch.Tensor] = field(default_factory=list)
+
+    def tune(self, job: Job) -> None:
+        with full_precision(job.model):
+            self.found.append(forward(job.model))
+
+
+def test_full_precision_stays_what_it_was() -> None:
+    model, compared = network("sd32"), Compared()
+    expected = forward(model)
+    step = BinaryDM(steps=6, batch=4, norm_rate=0.1)
+    recipe = Recipe("t", (W8, step, compared), CalibrationSpec(n=4, steps=2, batch=2))
+    quantize(model, recipe, Samples(model))
+    assert torch.equal(compared.found[0], expected)
+    assert not torch.equal(forward(model), expected)
+    assert not any(ORIGINAL in name for name in model.state_dict())
+
+
+def test_a_run_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("sd32")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    advance = loop._Loop.advance
+
+    def killed(self: Any) -> None:
+        if self.step == 3:
+            raise KeyboardInterrupt
+        advance(self)
+
+    monkeypatch.setattr(loop._Loop, "advance", killed)
+    recipe = Recipe("t", (W8, BinaryDM(steps=6, batch=4)), CalibrationSpec(n=4, steps=2, batch=2))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, recipe, Samples(model))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_norms_of_a_bfloat16_model_learn_under_autocast() -> None:
+    model = network("sd32").bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    step = BinaryDM(steps=6, batch=4, norm_rate=1e-3, compute="bfloat16")
+    recipe = Recipe("t", (W8, step), CalibrationSpec(n=4, steps=2, batch=2))
+    quantize(model, recipe, Samples(model))
+    after = model.state_dict()
+    norms = [n for n in before if "norm" in n and n.endswith("weight") and n in after]
+    assert {after[n].dtype for n in norms} == {torch.bfloat16}
+    assert any(not torch.equal(after[n], before[n]) for n in norms)
+
+
+def test_dead_rows_stay_dead() -> None:
+    """Signs have no zero: a channel of zeros must not become one of ones."""
+    model: Any = network("sd32")
+    with torch.no_grad():
+        model.mid_block.resnets[0].conv2.weight.zero_()
+    recipe = Recipe("t", (PTQ("binary-x2", "float"),), CalibrationSpec())
+    quantize(model, recipe, None)
+    assert model.mid_block.resnets[0].conv2.float_weight().abs().max() < 1e-9
+
+
+def test_salient_channels_of_rotated_inputs_are_refused() -> None:
+    model = network()
+    steps = (PTQ("int8", "int8"), Hadamard(), BinaryDM(salient=0.2, steps=2, batch=2))
+    with pytest.raises(DQError, match="leave hadamard or salient out"):
+        quantize(model, Recipe("t", steps, CalibrationSpec(n=4, steps=2, batch=2)), Samples(model))
+
+
 def test_without_data_it_says_what_it_needs() -> None:
     model = network()
     with pytest.raises(NeedsData):
@@ -203,6 +279,8 @@ def test_a_plan_without_such_layers_is_refused() -> None:
         ({"salient": 1.0}, "salient is a share of the channels"),
         ({"salient": 0.2, "group": 16}, "salient channels leave no groups"),
         ({"salient_format": "int44"}, "Did you mean 'int4'"),
+        ({"inner": "lmb", "outer": "ternary", "centred": True}, "are of xnor"),
+        ({"outer": "xnor", "fading": False}, "fading is of ebb"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], text: str) -> None:

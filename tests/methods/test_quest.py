@@ -206,6 +206,42 @@ def test_recipes_by_name(name: str) -> None:
     assert Recipe.from_dict(made.to_dict()) == made
 
 
+@pytest.mark.parametrize("name", ["quest-w4a4-static", "quest-w4a4-dynamic", "quest-w4a4-s4"])
+def test_inputs_of_4_bits_have_no_static_scales(name: str) -> None:
+    with pytest.raises(DQError, match="unknown recipe"):
+        Recipe.get(name)
+
+
+class Twice(Samples):
+    """Feeds every batch at two timesteps."""
+
+    @torch.no_grad()
+    def run(self, spec: CalibrationSpec, batch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(spec.seed + batch)
+        inputs = family_of(self.model).sample_inputs(self.model, 2, generator)
+        run(self.model, {**inputs, "timestep": torch.tensor(900)})
+        return run(self.model, {**inputs, "timestep": torch.tensor(100)})
+
+
+def test_layers_of_time_learn_alone_with_scales_by_step() -> None:
+    model = network("sd32")
+    steps = PTQ("int8", "int8", "static"), StepGroups(2), QuEST(steps=2, batch=2, time=True)
+    recipe = Recipe("t", steps, CalibrationSpec(n=4, steps=2, batch=2))
+    plan = quantize(model, recipe, Twice(model))
+    assert "quest" in plan.notes
+
+
+def test_scales_that_are_powers_of_two_stay() -> None:
+    model, _ = tuned(PTQ("mxfp4", "float"), QuEST(critical=(), steps=4, batch=2))
+    layers = packed_layers(model).values()
+    assert {float(x.weight_scale) for x in layers if x.spec.weight.scale_format == "e8m0"} == {1.0}
+
+
+def test_when_nothing_learns_it_says_so() -> None:
+    with pytest.raises(DQError, match="nothing learns"):
+        tuned(W4, QuEST(critical=(), scale_rate=0, weight_scale_rate=0, steps=2, batch=2))
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -217,6 +253,7 @@ def test_recipes_by_name(name: str) -> None:
         ({"drift": -1}, "drift is 0 or more, not -1"),
         ({"rank": -1}, "rank is 0 or more, top_tokens 1 or more"),
         ({"held_out": 0}, "held_out is 1 or more images, not 0"),
+        ({"local_weight": 0, "global_weight": 0}, "local_weight and global_weight are"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], text: str) -> None:

@@ -172,3 +172,21 @@ def test_scales_of_groups_learn_by_the_rows_that_use_them() -> None:
     assert gain.grad is not None
     assert gain.grad[1].abs() > 0
     assert gain.grad[0] == gain.grad[2] == 0
+
+
+def test_a_gradient_is_of_the_step_of_its_own_call() -> None:
+    """Another call may come before the backward pass, as where a loss is of two of them."""
+    _, made, x = ranged("linear", INPUTS["tensor"])
+    model = Around(made).requires_grad_(False)
+    found = []
+    with noted(model) as steps:
+        made.steps = steps
+        for between in (False, True):
+            leaf = (4 * x).requires_grad_()
+            loss = model(leaf, 100.0).square().sum()
+            if between:
+                model(x, 900.0)
+            loss.backward()
+            found.append(leaf.grad)
+    assert torch.equal(*found)
+    assert (found[0] == 0).any()  # what the narrow range of that step clips

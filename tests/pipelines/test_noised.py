@@ -102,6 +102,21 @@ def test_held_out_images_are_others(folder: Path, model_folders: Any) -> None:
     assert (own, others) == (["a red square"], ["the sea"])
 
 
+def test_other_images_or_another_autoencoder_are_another_job(
+    folder: Path, model_folders: Any
+) -> None:
+    pipe: Any = DQPipeline.from_pretrained(model_folders("sd32"))
+    spec = CalibrationSpec(n=1, steps=2, folder=str(folder))
+    found = [PipelineSource(pipe).identity(spec)]
+    file = sorted(folder.glob("*.png"))[0]
+    Image.new("RGB", Image.open(file).size, "black").save(file)
+    found.append(PipelineSource(pipe).identity(spec))
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(0.5)
+    found.append(PipelineSource(pipe).identity(spec))
+    assert found[0] != found[1] != found[2]
+
+
 @pytest.mark.parametrize("name", ["flux", "amused"])
 def test_other_latents_are_refused(name: str, folder: Path, model_folders: Any) -> None:
     pipe = DQPipeline.from_pretrained(model_folders(name))

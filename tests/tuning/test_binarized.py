@@ -51,6 +51,16 @@ def test_weight_bias_and_scales_learn(name: str) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
 
 
+def test_codes_of_an_earlier_step_do_not_stand_in_the_way() -> None:
+    layer, learning = begun("xnor")
+    learning.end()
+    assert layer.codes is not None
+    again = Binarized(layer, lambda matrix: binarizers["xnor"](matrix))
+    parameters = [p for g in again.groups(1.0, 1.0) for p in g.parameters]
+    layer(torch.randn(4, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
 def test_rates_are_in_units_of_the_weight() -> None:
     layer, learning = begun("xnor")
     weights, scales = learning.groups(rate=2.0, scale_rate=3.0)

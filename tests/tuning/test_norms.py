@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dq.nn.swap import plain_layers, uninstall
 from dq.tuning.norms import norms_as_before, norms_of, norms_to_learn
 
 
@@ -21,11 +22,16 @@ def test_those_with_weights_are_found() -> None:
 def test_copies_learn_and_the_originals_stay() -> None:
     model = network()
     first = model[0]
-    originals = norms_to_learn(model)
-    assert originals["0"] is first
-    assert model[0] is not first
-    assert all(p.requires_grad for n in originals for p in model.get_submodule(n).parameters())
+    made = norms_to_learn(model)
+    assert model[0] is made["0"] is not first
+    assert made["0"].weight.dtype == torch.float32
+    assert all(p.requires_grad for norm in made.values() for p in norm.parameters(recurse=False))
     assert not first.weight.requires_grad
+    assert norms_of(model) == made
+    assert norms_to_learn(model)["0"] is not made["0"]
+    assert plain_layers(model)["0"] is first  # not what has learned in between
+    uninstall(model)
+    assert model[0] is first
 
 
 def test_dtype_and_wish_for_gradients_are_put_back_even_if_it_fails() -> None:
