@@ -114,7 +114,7 @@ def run(model: str, recipe: str, output: Path, settings: Settings) -> Demo:
     Args:
         model: Checkpoint, by name or folder.
         recipe: Name or file.
-        output: Folder to write; one that exists is replaced.
+        output: Folder to write; one of an earlier demonstration is replaced.
         settings: What to draw, and how.
 
     Returns:

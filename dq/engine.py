@@ -106,7 +106,7 @@ def start(model: nn.Module, recipe: Recipe, source: Source | None, folder: Path 
     if packed_layers(model) or attention.specs_of(model):
         raise DQError(
             f"this {type(model).__name__} is quantized already; "
-            "start from the float checkpoint, or call dequantize() first"
+            "start from the float checkpoint, or call its dequantize() first"
         )
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise DQError(

@@ -13,6 +13,7 @@ from dq.errors import DQError
 
 __all__ = ["IMAGE_SUFFIXES", "cache_folder", "check_free", "images_below", "new_folder"]
 
+_WRITTEN = ("model_index.json", "report.html", "sensitivity.json")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -26,14 +27,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dq"
 
 
-def check_free(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool, source: str | os.PathLike[str] = "") -> None:
     """Refuse a target that exists, before any work is done for it.
 
+    Args:
+        target: What is to be written.
+        overwrite: Whether it may exist: a file, a folder that dq writes, a pipeline.
+        source: What is read for it.
+
     Raises:
-        DQError: If `target` exists and must not be overwritten.
+        DQError: If `target` exists and must not be overwritten, or never may be: it is the source,
+            holds it or lies in it, or has files that nothing here writes.
     """
-    if target.exists() and not overwrite:
+    if target.name in ("", ".."):
+        raise DQError(f"{target} is no name for an output; choose one in it")
+    if not target.exists():
+        return
+    if not overwrite:
         raise DQError(f"{target} exists already; choose another name, or say --overwrite")
+    own, read = target.resolve(), Path(source).resolve()
+    if source and read.exists() and (own in (read, *read.parents) or read in own.parents):
+        raise DQError(f"{target} cannot be overwritten: {source} is read; choose another name")
+    if target.is_dir() and not _replaceable(target):
+        raise DQError(
+            f"{target} is not overwritten: it is no folder that dq has written; choose another "
+            "name, or delete it first"
+        )
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a folder is a pipeline, a report, only images, or empty."""
+    files = [*folder.iterdir()]
+    known = any(file.name in _WRITTEN for file in files)
+    return known or all(file.suffix in IMAGE_SUFFIXES for file in files)
 
 
 @contextmanager

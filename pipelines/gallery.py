@@ -112,7 +112,7 @@ class Gallery:
             DQError: If other images are there.
         """
         record = self.folder / _RECORD
-        if record.is_file():
+        if record.is_file() and any((self.folder / "batches").glob("*.safetensors")):
             there = read_gallery(self.folder)
             differing = self.settings.differences(there.settings)
             differing += ["model"] if there.model != self.model else []
@@ -122,7 +122,8 @@ class Gallery:
                     "choose another folder, or delete this one"
                 )
             return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        begun = {record, self.folder / "batches"}  # of a run that drew nothing
+        if self.folder.is_dir() and set(self.folder.iterdir()) - begun:
             raise DQError(f"{self.folder} holds other files; choose an empty folder")
         (self.folder / "batches").mkdir(parents=True, exist_ok=True)
         values = {"model": self.model, **dataclasses.asdict(self.settings)}

@@ -18,7 +18,9 @@ from dq import checkpoints, checksum
 from dq.errors import DQError, unknown
 from dq.family import families
 
-__all__ = ["HUB", "denoiser_name", "files_named", "load_denoiser", "resolve", "skeleton"]
+__all__ = [
+    "HUB", "denoiser_name", "files_named", "index_of", "load_denoiser", "resolve", "skeleton",
+]  # fmt: skip
 
 HUB = ("cache_dir", "local_files_only", "revision", "token")
 _FOR_MODELS = (
@@ -57,9 +59,35 @@ def denoiser_name(classes: Mapping[str, str], asked: str | None) -> str:
     return found[0]
 
 
+def _shipped() -> list[str]:
+    names = checkpoints.names()
+    return [n for n in names if (checkpoints.path(n) / "model_index.json").is_file()]
+
+
+def index_of(path: str, hub: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a pipeline's model_index.json says.
+
+    Args:
+        path: Folder or hub name of the pipeline.
+        hub: How to reach the hub.
+
+    Raises:
+        DQError: If there is none.
+    """
+    try:
+        index: Mapping[str, Any] = DiffusionPipeline.load_config(path, **hub)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DQError(
+            f"{path} is no pipeline that can be loaded ({reason}); wanted is a folder with a "
+            f"model_index.json, a hub name, or one of {', '.join(_shipped())}"
+        ) from error
+    return index
+
+
 def _locate(path: str, component: str | None, hub: Mapping[str, Any]) -> tuple[str, Any]:
     """Return name and class of a checkpoint's denoiser, from its model_index.json."""
-    index = DiffusionPipeline.load_config(path, **hub)
+    index = index_of(path, hub)
     classes = {k: v[1] for k, v in index.items() if isinstance(v, (list, tuple)) and v[1]}
     name = denoiser_name(classes, component)
     return name, getattr(diffusers, classes[name])

@@ -21,7 +21,15 @@ from dq.integration import DQConfig, DQQuantizer, attach
 from dq.nn import keep_int8, packed_layers
 from dq.pipelines.draw import PipelineSource
 from dq.pipelines.footprint import Footprint, footprint
-from dq.pipelines.loading import HUB, denoiser_name, files_named, load_denoiser, resolve, skeleton
+from dq.pipelines.loading import (
+    HUB,
+    denoiser_name,
+    files_named,
+    index_of,
+    load_denoiser,
+    resolve,
+    skeleton,
+)
 from dq.plan import Plan
 from dq.recipe import Recipe
 
@@ -77,6 +85,7 @@ class DQPipeline:
             # Text encoders would come as they are stored, the others as float32: they do not fit.
             kwargs["dtype"] = torch.float32
         wanted = None if recipe is None else Recipe.get(recipe)
+        index = index_of(path, {k: kwargs[k] for k in HUB if k in kwargs})
         loaded: dict[str, Any] = {}
         plan = None
         if wanted is not None:
@@ -91,7 +100,6 @@ class DQPipeline:
             pipe = _adopt(DiffusionPipeline.from_pretrained(path, **{**kwargs, **loaded}))
         pipe._recipe = _stored_recipe(path) if wanted is None else wanted
         pipe.dq_prompts = _stored_prompts(path)
-        index = DiffusionPipeline.load_config(path, **{k: kwargs[k] for k in HUB if k in kwargs})
         pipe._lost = {k: v for k, v in index.items() if k not in pipe.config and k[0] != "_"}
         if wanted is not None and plan is None:
             pipe.quantize(wanted, component=component, work_dir=work_dir)

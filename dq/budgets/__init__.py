@@ -22,6 +22,7 @@ from dq.folders import check_free, new_folder
 from dq.methods.bos import find_kept
 from dq.methods.mixdq import MixDQ
 from dq.pipelines.draw import PipelineSource
+from dq.pipelines.loading import resolve
 from dq.pipelines.pipeline import DQPipeline
 from dq.progress import track
 from dq.recipe import Recipe
@@ -71,7 +72,7 @@ def run(
     Returns:
         What was found; None in all but the first of several processes.
     """
-    check_free(folder, overwrite)
+    check_free(folder, overwrite, resolve(model))
     state = PartialState()
     pipe = DQPipeline.from_pretrained(model, dtype=dtype).to(device)
     recipe = Recipe("sensitivity", (asked.method,), calibration)

@@ -51,6 +51,7 @@ def attention(
     from dq.views.attention import run
 
     check_free(output, overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
     wanted = None if recipe is None else Recipe.get(recipe)
     if wanted is not None and size is not None:
         spec = replace(wanted.calibration, size=extents(size))

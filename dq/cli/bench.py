@@ -54,6 +54,9 @@ def bench(
 
     Without --model: a UNet of 51 M and a DiT of 85 M parameters with random weights.
     """
+    for file in (output, plot):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     if attention:
         from dq.bench.attention import run as run_attention
 

@@ -48,22 +48,25 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Draw images with a pipeline, quantized or not."""
-    from dq.folders import check_free, new_folder
+    from dq.folders import IMAGE_SUFFIXES, check_free, new_folder
     from dq.pipelines.draw import draw
+    from dq.pipelines.loading import resolve
     from dq.pipelines.pipeline import DQPipeline
 
     wanted = [*(prompt or ()), *(lines(prompts) or ())]
     if not wanted:
         raise DQError("nothing to draw: say --prompt TEXT or --prompts FILE")
-    check_free(output, overwrite)
+    check_free(output, overwrite, resolve(model))
+    if output.suffix and output.suffix.lower() not in IMAGE_SUFFIXES:
+        raise DQError(f"{output} is no image: {', '.join(IMAGE_SUFFIXES)}, or a folder without end")
+    if output.suffix and len(wanted) > 1:
+        raise DQError(f"{len(wanted)} images do not fit the file {output}; name a folder")
     pipe = DQPipeline.from_pretrained(model, dtype=dtype_of(dtype), **placed(device))
     start = time.perf_counter()
     seeds = range(seed, seed + len(wanted))
     images = draw(pipe, wanted, seeds, steps, guidance, batch, size=extents(size))
     seconds = time.perf_counter() - start
     if output.suffix:
-        if len(images) > 1:
-            raise DQError(f"{len(images)} images do not fit the file {output}; name a folder")
         output.parent.mkdir(parents=True, exist_ok=True)
         images[0].save(output)
         files = [output]

@@ -124,7 +124,15 @@ def dtype_of(name: str) -> Any:
 
 
 def placed(device: str) -> dict[str, str]:
-    """Return what `from_pretrained` takes to load onto a device."""
+    """Return what `from_pretrained` takes to load onto a device.
+
+    Raises:
+        DQError: If there is no such device.
+    """
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DQError(f"--device {device}: torch finds no such device here; leave it out for cpu")
     return {} if device == "cpu" else {"device_map": device}
 
 

@@ -56,10 +56,11 @@ def quantize(
 
     from dq.folders import check_free, new_folder
     from dq.memory import peak_resident
+    from dq.pipelines.loading import resolve
     from dq.pipelines.pipeline import DQPipeline
     from dq.recipe import Recipe
 
-    check_free(output, overwrite)
+    check_free(output, overwrite, resolve(model))
     wanted = Recipe.get(recipe)
     spec = calibration(prompts, images, steps, seed, image_folder, size, wanted.calibration)
     wanted = replace(wanted, calibration=spec)

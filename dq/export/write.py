@@ -42,7 +42,7 @@ def check(source: Path, to: str, output: Path, overwrite: bool) -> None:
         raise DQError(f"{source} is not a pipeline folder: it has no model_index.json")
     if output.resolve().is_relative_to(source.resolve()):
         raise DQError(f"{output} lies within {source}, which is read; choose another folder")
-    check_free(output, overwrite)
+    check_free(output, overwrite, source)
 
 
 def export(

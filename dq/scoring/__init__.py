@@ -108,8 +108,9 @@ def run(
     }
     calls = captured(pipe, settings) if "sqnr" in asked.metrics else []
     exact = outputs(pipe, calls) if calls else None
+    kind = type(pipe.denoiser).__name__
     del pipe
-    drawn = [_draw(model, against, folder, settings, asked, calls) for model in models]
+    drawn = [_draw(model, against, kind, folder, settings, asked, calls) for model in models]
     shown = _drawn_reference(asked, folder, settings, prompts)
     state = PartialState()
     state.wait_for_everyone()
@@ -127,7 +128,12 @@ def run(
 
 def _scorers(asked: Asked) -> tuple[Extractor | None, Clip | None]:
     """Load extractors before anything is drawn: what is missing is said at once."""
+    if not asked.metrics:
+        raise DQError("no metric is asked for: leave --metrics out for the usual ones")
     check_metrics(asked.metrics)
+    reference = asked.reference
+    if reference is not None and not (reference.exists() or _is_pipeline(str(reference))):
+        raise DQError(f"--reference {reference} does not exist")
     if asked.rule not in RULES:
         raise unknown("resize rule", asked.rule, RULES)
     extractor = clip = None
@@ -159,7 +165,8 @@ def _is_pipeline(name: str) -> bool:
 
 
 def _gallery(pipe: Any, model: str, folder: Path, settings: Settings) -> Gallery:
-    return Gallery(folder, f"{model} {fingerprint(pipe.denoiser, {})}", settings)
+    name = Path(resolve(model)).name  # however the way there is spelled
+    return Gallery(folder, f"{name} {fingerprint(pipe.denoiser, {})}", settings)
 
 
 @dataclass(frozen=True)
@@ -187,12 +194,23 @@ def _sized(name: str, settings: Settings) -> Recipe:
 
 
 def _draw(
-    model: str, against: str, folder: Path, settings: Settings, asked: Asked, calls: Sequence[Call]
+    model: str,
+    against: str,
+    kind: str,
+    folder: Path,
+    settings: Settings,
+    asked: Asked,
+    calls: Sequence[Call],
 ) -> _Drawn:
     recipe = _is_recipe(model)
     source, wanted = (against, _sized(model, settings)) if recipe else (model, None)
     pipe = DQPipeline.from_pretrained(source, wanted, dtype=asked.dtype).to(asked.device)
     name = Path(model).stem if recipe else Path(model).name
+    if type(pipe.denoiser).__name__ != kind:
+        raise DQError(
+            f"{model} is a {type(pipe.denoiser).__name__}, {against} a {kind}: their images have "
+            "nothing in common; compare checkpoints of one model"
+        )
     gallery = _gallery(pipe, model, folder / name, settings)
     gallery.draw(pipe)
     count, growth = pipe.footprint(), gallery.peak_bytes()

@@ -66,6 +66,8 @@ class Candidates:
             smallest: Layers of fewer weights stay as they are.
         """
         specs = {name: weight_preset(name) for name in weights}
+        if not specs:
+            raise DQError("no weight format competes: name some, such as int4,int8")
         shapes = {name: matrix_shape(layer) for name, layer in quantizable(model).items()}
         shapes = {name: shape for name, shape in shapes.items() if shape[0] * shape[1] >= smallest}
         return cls(
@@ -138,7 +140,17 @@ class Candidates:
         }
 
     def input_plans(self) -> dict[str, Plan]:
-        """Return for each input format a plan that gives it to every layer, to observe ranges."""
+        """Return for each input format a plan that gives it to every layer, to observe ranges.
+
+        Raises:
+            DQError: If no weight format fits a layer.
+        """
+        for name, shape in self.shapes.items():
+            if self.inputs and not self.weights[name]:
+                raise DQError(
+                    f"no weight format fits layer {name} of {shape[1]} columns, which groups do "
+                    "not divide; let one without groups compete, such as int8"
+                )
         return {
             name: self.plan(
                 {layer: (next(iter(self.weights[layer])), name) for layer in self.shapes}
