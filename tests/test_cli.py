@@ -82,6 +82,7 @@ def test_killed_quantize_leaves_the_old_output_and_resumes(
     command = ("quantize", folder, "-r", "w8a8", "-o", output, "--steps", "1")
     output.mkdir()
     (output / "old").write_text("old")
+    (output / "model_index.json").write_text("{}")  # else it would not be overwritten
     many = [sys.executable, "-P", "-m", "dq", *map(str, command), "--images", "160", "--overwrite"]
     running = subprocess.Popen(many, stderr=subprocess.DEVNULL)
     work = tmp_path / ".out.work"
