@@ -13,7 +13,8 @@ from dq.demo import Settings, run
 def test_demo_leaves_a_report_a_grid_and_a_model(model: str, recipe: str, tmp_path: Path) -> None:
     output = tmp_path / "demo"
     output.mkdir()
-    (output / "old").write_text("from an earlier run")
+    for name in ("old", "report.html"):
+        (output / name).write_text("from an earlier run")
     result = run(model, recipe, output, Settings(images=3, steps=4))
     assert {p.name for p in output.iterdir()} == {"grid.png", "report.html", "model"}
     assert result.images == 3
