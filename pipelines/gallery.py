@@ -112,18 +112,19 @@ class Gallery:
             DQError: If other images are there.
         """
         record = self.folder / _RECORD
-        if record.is_file() and any((self.folder / "batches").glob("*.safetensors")):
+        drawn = [f for f in self.folder.rglob("*") if f.is_file() and f != record]
+        if record.is_file():
             there = read_gallery(self.folder)
             differing = self.settings.differences(there.settings)
             differing += ["model"] if there.model != self.model else []
-            if differing:
+            if not differing:
+                return
+            if drawn:  # a run that failed at once has left nothing that could be mixed up
                 raise DQError(
                     f"{self.folder} holds other images: they differ in {', '.join(differing)}; "
                     "choose another folder, or delete this one"
                 )
-            return
-        begun = {record, self.folder / "batches"}  # of a run that drew nothing
-        if self.folder.is_dir() and set(self.folder.iterdir()) - begun:
+        elif drawn:
             raise DQError(f"{self.folder} holds other files; choose an empty folder")
         (self.folder / "batches").mkdir(parents=True, exist_ok=True)
         values = {"model": self.model, **dataclasses.asdict(self.settings)}

@@ -118,12 +118,20 @@ def test_accelerate_launch_draws_the_same(tmp_path: Path) -> None:
 )
 def test_other_settings_need_another_folder(tmp_path: Path, pipe, change: dict, word: str) -> None:
     Gallery(tmp_path / "g", "sd32", SETTINGS).open()
+    (tmp_path / "g" / "00000.png").write_bytes(b"of a run that was killed")
+    Gallery(tmp_path / "g", "sd32", SETTINGS).open()
     with pytest.raises(DQError, match=rf"they differ in {word}; choose another folder"):
         drawn(tmp_path / "g", pipe, **change)
 
 
+def test_a_run_that_drew_nothing_is_in_nobodys_way(tmp_path: Path, pipe) -> None:
+    Gallery(tmp_path / "g", "sd32", dataclasses.replace(SETTINGS, prompts=("a typo",))).open()
+    assert drawn(tmp_path / "g", pipe).files[0].is_file()
+
+
 def test_other_models_and_other_files_too(tmp_path: Path) -> None:
     Gallery(tmp_path / "g", "sd32", SETTINGS).open()
+    (tmp_path / "g" / "00000.png").write_bytes(b"")
     with pytest.raises(DQError, match="they differ in model"):
         Gallery(tmp_path / "g", "sdxl", SETTINGS).open()
     (tmp_path / "h").mkdir()
