@@ -65,6 +65,11 @@ class AttentionSpec:
         return any(spec.granularity.kind == "block" for spec in self._operands().values())
 
     @property
+    def by_token(self) -> bool:
+        """Whether operands have scales of tokens, which no block-sparse kernel takes."""
+        return self.has_operands and not self.by_block
+
+    @property
     def has_operands(self) -> bool:
         """Whether some operands are quantized."""
         return bool(self._operands())

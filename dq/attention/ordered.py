@@ -67,7 +67,7 @@ def ordered_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, blocks: LiveBlocks, spec: AttentionSpec
 ) -> Tensor:
-    if spec.by_block or not spec.has_operands:
+    if not spec.by_token:
         return block_sparse_attention(q, k, v, scale, blocks, formats_by_block(spec))
     moved = blocks.moved(q), blocks.moved(k), blocks.moved(v)
     return blocks.restored(quantized_attention(*moved, scale, spec, blocks.mask))

@@ -251,7 +251,7 @@ def path(model: nn.Module, spec: AttentionSpec, site: TokenSite | None) -> str:
         spec: What is changed.
         site: What it stores of ordered tokens.
     """
-    if site is None or (spec.has_operands and not spec.by_block):
+    if site is None or spec.by_token:
         return "simulated"
     like = next(p for p in model.parameters() if p.is_floating_point())
     shape = 1, site.spec.heads, site.spec.layout.tokens, _ANY
