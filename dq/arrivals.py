@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dq import checksum
 from dq.errors import DQError
-from dq.nn.stored import COMPANIONS, TENSORS
+from dq.nn.joined import JOINED, companions_in, part
 from dq.nn.token_site import TOKEN_TENSORS
 from dq.plan import Plan
 
@@ -38,6 +38,11 @@ class Arrivals:
         self.plan = plan
         self.expected = expected
         self.forms = {name: (t.shape, t.dtype) for name, t in model.state_dict().items()}
+        companions = companions_in(self.forms, plan.layers)
+        self.companions = {name: self.forms.pop(name)[0] for name in companions}
+        if companions:
+            numbers = sum(shape.numel() for shape in self.companions.values())
+            self.forms[JOINED] = torch.Size([numbers]), torch.float32
         self.found: dict[str, int] = {}
 
     def check_names(self, names: Iterable[str]) -> None:
@@ -54,32 +59,39 @@ class Arrivals:
                 f"{lost[0]}; the file is incomplete, or {_OTHER_CHECKPOINT}"
             )
         for name in names:
-            if leaf(name) in (*COMPANIONS, *TOKEN_TENSORS) and name not in self.forms:
+            if leaf(name) in (JOINED, *TOKEN_TENSORS) and name not in self.forms:
                 raise DQError(
                     f"the weights hold {name}, of a part that the plan in config.json does not "
                     f"name; {_OTHER_CHECKPOINT}"
                 )
 
-    def check(self, name: str, value: Tensor) -> None:
-        """Compare one tensor, as it is in the file.
+    def take(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Compare one tensor, as it is in the file, and return what the model has of it.
 
         Raises:
             DQError: If shape, dtype or checksum is not what it should be.
         """
         self._check_form(name, value)
-        self.found[name] = found = checksum.of(value)
+        found = checksum.of(value)
         if self.expected.get(name, found) != found:
             raise DQError(
                 f"tensor {name} is damaged: its checksum is {found:08x}, the file was written with "
                 f"{self.expected[name]:08x}; copy or download the checkpoint again"
             )
+        if name != JOINED:
+            self.found[name] = found
+            return {name: value}
+        parts = part(value, self.companions)
+        self.found.update({own: checksum.of(tensor) for own, tensor in parts.items()})
+        return parts
 
     def _check_form(self, name: str, value: Tensor) -> None:
         if name not in self.forms:
             return  # diffusers warns about tensors that a model has no use for
         shape, dtype = self.forms[name]
         layer, own = name.rpartition(".")[0], leaf(name)
-        packed = (layer in self.plan.layers and own in TENSORS) or own in TOKEN_TENSORS
+        codes = layer in self.plan.layers and own == "weight"
+        packed = codes or own in (JOINED, *TOKEN_TENSORS)
         if value.shape != shape or (packed and value.dtype != dtype):
             raise DQError(
                 f"tensor {name} should be {_form(shape, dtype)} by the plan in config.json, the "

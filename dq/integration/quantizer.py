@@ -17,6 +17,7 @@ from dq.integration.alignment import align
 from dq.integration.config import DQConfig, forget, record
 from dq.memory import give_back
 from dq.nn import describe, empty_packed, packed_layers, unpack_model
+from dq.nn.joined import JOINED, join
 from dq.nn.packed import packed
 from dq.nn.stored import COMPANIONS
 from dq.nn.swap import replace
@@ -79,31 +80,34 @@ class DQQuantizer(DiffusersQuantizer):
         """Read the checksums in the headers of the files that are about to be loaded."""
         self._expected = checksum.read(checkpoint_files, loaded_keys)
         self._names = loaded_keys
-        return loaded_keys
+        return [name for name in loaded_keys if name != JOINED]
+
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Leave out what a file has in one tensor."""
+        joined = () if self._arrivals is None else self._arrivals.companions
+        return [name for name in missing_keys if name not in joined]
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Check each tensor, and view float32 scales as int32: the loader casts floats."""
+        """Check each tensor, and give those beside the codes their names and places."""
         if not self._prepared:
             return self._single_file(state_dict)
-        if not self.pre_quantized:
-            return state_dict
-        return {name: self._incoming(name, value) for name, value in state_dict.items()}
+        return self._incoming(state_dict) if self.pre_quantized else state_dict
 
     def _single_file(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Take out what a plain model has not: with unknown keys the loader converts from LDM."""
-        ours = ("weight_scale", *TOKEN_TENSORS)
-        self.pre_quantized = any(leaf(name) in ours for name in state_dict)
-        if not self.pre_quantized:
-            return state_dict
-        extra = (*COMPANIONS, *TOKEN_TENSORS)
+        extra = (JOINED, *TOKEN_TENSORS)
         self._stash = {n: v for n, v in state_dict.items() if leaf(n) in extra}
+        self.pre_quantized = bool(self._stash)
         return {n: v for n, v in state_dict.items() if n not in self._stash}
 
-    def _incoming(self, name: str, value: Tensor) -> Tensor:
+    def _incoming(self, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return what a model has of the tensors of a file, float32 as int32: floats are cast."""
         assert self._arrivals is not None  # made before the first file is read
-        self._arrivals.check(name, value)
-        is_scale = leaf(name) in COMPANIONS and value.dtype == torch.float32
-        return value.view(torch.int32) if is_scale else value
+        coming: dict[str, Any] = {}
+        for name, value in state_dict.items():
+            coming.update(self._arrivals.take(name, value))
+        hidden = coming.keys() & self._arrivals.companions
+        return {n: v.view(torch.int32) if n in hidden else v for n, v in coming.items()}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._prepared = True
@@ -129,7 +133,9 @@ class DQQuantizer(DiffusersQuantizer):
             single_file.update(self._stash)
         self._arrivals.check_names(self._names if single_file is None else single_file)
         if single_file is not None:
-            single_file.update({n: self._incoming(n, v) for n, v in single_file.items()})
+            coming = self._incoming(single_file)
+            single_file.clear()
+            single_file.update(coming)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
@@ -197,7 +203,7 @@ class DQQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Add the checksum of every tensor to the header of the file.
+        """Join what is beside the codes, and add a checksum of every tensor to the header.
 
         Raises:
             DQError: If adapters are attached: PEFT renames the layers below them.
@@ -209,7 +215,9 @@ class DQQuantizer(DiffusersQuantizer):
                     "saved like this cannot be loaded: call unload_lora_weights() first, and save "
                     "the adapter by itself with save_lora_weights()"
                 )
-        return state_dict, checksum.metadata(state_dict)
+        assert self.plan is not None  # decided before anything was packed
+        joined = join(state_dict, self.plan.layers)
+        return joined, checksum.metadata(joined)
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         unpack_model(model)

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from dq import DQConfig, DQError, DQPipeline
 from dq.nn import PackedConv2d, PackedLinear, norm, packed_layers
+from dq.nn.joined import JOINED
 from dq.nn.stored import COMPANIONS
 from tests.models import MODELS
 from tests.models.parts import finish
@@ -391,7 +392,7 @@ def test_files_without_our_header(packed32: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     save_file(tensors, file, metadata={"format": "pt"})
     assert same_state(unet(tmp_path), model)
-    tensors["conv_in.weight_scale"] = tensors["conv_in.weight_scale"] * 2
+    tensors[JOINED] = tensors[JOINED] * 2
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(DQError, match="different checkpoints"):
         unet(tmp_path)
