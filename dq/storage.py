@@ -12,7 +12,8 @@ Local names, without the prefix of the layer:
 |                | float32                | it is 1, and NVFP4); several bases: G of each     |
 |                |                        | follow each other, offsets are the last           |
 
-Short codes share one tensor because every tensor costs about 130 bytes of file header.
+Short codes share one tensor because every tensor costs about 130 bytes of file header; in files the
+numbers of all layers share one as well: `dq.nn.joined`.
 """
 
 from __future__ import annotations
