@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,8 +81,11 @@ def draw(
         One entry a prompt: an image, or of video pipelines all frames, one after the other.
 
     Raises:
-        DQError: If the pipeline takes neither prompts nor classes, or not that size.
+        DQError: If the pipeline takes neither prompts nor classes, or not that size; if there is
+            no step, or no image at a time.
     """
+    if steps < 1 or batch < 1:
+        raise DQError(f"{steps} steps, {batch} images at a time: each is 1 or more")
     images: list[Any] = []
     alone = not _takes_seeds(pipe)
     together = 1 if alone else batch
@@ -111,20 +115,39 @@ def _sized(pipe: Any, size: Sequence[int]) -> Iterator[dict[str, int]]:
     if names is None or any(number < 1 for number in size):
         raise DQError(f"a size is (height, width) or (frames, height, width), not {tuple(size)}")
     missing = [name for name in names if not _takes(pipe, name)]
+    multiple = _multiple(pipe) if size else 1
+    if any(number % multiple for number in size[-2:]):
+        kind = type(pipe).__name__
+        raise DQError(f"height and width of {kind} are multiples of {multiple}, not {size[-2:]}")
     if not missing:
         yield dict(zip(names, size, strict=True))
         return
     if missing != ["height", "width"] or not _takes(pipe, "class_labels") or len({*size}) != 1:
         square = ", square images of any size" if _takes(pipe, "class_labels") else ""
         raise DQError(f"{type(pipe).__name__} takes no {' and '.join(missing)}{square}")
-    # DiTPipeline asks its transformer how large an image is, and does not say how much it scales.
-    model, scale = pipe.transformer, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    # DiTPipeline asks its transformer how large an image is.
+    model, scale = pipe.transformer, _scale(pipe)
     before = model._internal_dict
     model._internal_dict = FrozenDict({**before, "sample_size": size[0] // scale})
     try:
         yield {}
     finally:
         model._internal_dict = before
+
+
+def _scale(pipe: Any) -> int:
+    """Return how many pixels a latent is wide; DiTPipeline does not say, nor do all others (1)."""
+    if _takes(pipe, "class_labels"):
+        return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))
+    return int(getattr(pipe, "vae_scale_factor", 1))
+
+
+def _multiple(pipe: Any) -> int:
+    """Return what height and width are multiples of: whole patches; UNets' pipelines ask for 8."""
+    if not hasattr(pipe, "transformer"):
+        return math.lcm(_scale(pipe), 8)
+    patch = pipe.transformer.config.get("patch_size")
+    return _scale(pipe) * (patch if isinstance(patch, int) else 1)
 
 
 def _takes_seeds(pipe: Any) -> bool:

@@ -70,9 +70,18 @@ def test_images_of_another_size(name: str) -> None:
         ("sd32", (9, 64, 64), "takes no num_frames"),
         ("sd32", (64,), "a size is"),
         ("sd32", (64, 0), "a size is"),
+        ("sd32", (64, 60), "of StableDiffusionPipeline are multiples of 8, not"),
+        ("dit64", (66, 66), "of DiTPipeline are multiples of 4, not"),
     ],
 )
 def test_sizes_that_a_pipeline_does_not_take(name: str, size: tuple[int, ...], text: str) -> None:
     pipe = MODELS[name].build()
     with pytest.raises(DQError, match=text):
         draw(pipe, default_prompts(pipe)[:1], seeds=[0], steps=1, size=size)
+
+
+@pytest.mark.parametrize("numbers", [{"steps": 0}, {"steps": 1, "batch": 0}, {"steps": -2}])
+def test_nothing_to_draw_is_refused(numbers: dict[str, int]) -> None:
+    pipe = MODELS["sd32"].build()
+    with pytest.raises(DQError, match="each is 1 or more"):
+        draw(pipe, default_prompts(pipe)[:1], seeds=[0], **numbers)
