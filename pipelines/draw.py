@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dq.calibrate import CalibrationSpec
 from dq.errors import DQError, check_known
-from dq.pipelines.noised import caption_of, folder_files, noised
+from dq.pipelines.noised import caption_of, folder_files, noised, pixels_of
 from dq.pipelines.prompts import PROMPTS
 from dq.progress import track
 from dq.work import fingerprint
@@ -138,7 +138,7 @@ def _sized(pipe: Any, size: Sequence[int]) -> Iterator[dict[str, int]]:
 def _scale(pipe: Any) -> int:
     """Return how many pixels a latent is wide; DiTPipeline does not say, nor do all others (1)."""
     if _takes(pipe, "class_labels"):
-        return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))
+        return pixels_of(pipe.vae)
     return int(getattr(pipe, "vae_scale_factor", 1))
 
 

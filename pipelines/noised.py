@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dq.errors import DQError
 from dq.folders import IMAGE_SUFFIXES, images_below
 
-__all__ = ["caption_of", "folder_files", "noised"]
+__all__ = ["caption_of", "folder_files", "noised", "pixels_of"]
 
 
 def folder_files(folder: str) -> list[Path]:
@@ -86,10 +86,15 @@ def _check(pipe: Any, drawn: Any) -> None:
         )
 
 
+def pixels_of(vae: Any) -> int:
+    """Return how many pixels a latent of an autoencoder is wide: every block but one halves."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
 def _encoded(pipe: Any, files: Sequence[Path], like: Tensor) -> Tensor:
     """Return the latents of images, cut to the size that is being drawn."""
     config = pipe.vae.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
+    factor = pixels_of(pipe.vae)
     size = (like.shape[3] * factor, like.shape[2] * factor)
     arrays = []
     for file in files:

@@ -103,11 +103,11 @@ class DQQuantizer(DiffusersQuantizer):
     def _incoming(self, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return what a model has of the tensors of a file, float32 as int32: floats are cast."""
         assert self._arrivals is not None  # made before the first file is read
-        coming: dict[str, Any] = {}
-        for name, value in state_dict.items():
-            coming.update(self._arrivals.take(name, value))
-        hidden = coming.keys() & self._arrivals.companions
-        return {n: v.view(torch.int32) if n in hidden else v for n, v in coming.items()}
+        return {
+            own: part.view(torch.int32) if own in self._arrivals.companions else part
+            for name, value in state_dict.items()
+            for own, part in self._arrivals.take(name, value).items()
+        }
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self._prepared = True

@@ -40,10 +40,10 @@ def join(state: Mapping[str, Tensor], layers: Collection[str]) -> dict[str, Tens
         `state` with all of its companions in one tensor `JOINED`, float32, in the order of their
         names; a copy on the CPU. Without packed layers there is none.
     """
-    names = companions_in(state, layers)
-    files = {name: tensor for name, tensor in state.items() if name not in set(names)}
-    if names:
-        files[JOINED] = torch.cat([state[name].detach().cpu().flatten() for name in names])
+    files = dict(state)
+    parts = [files.pop(name) for name in companions_in(state, layers)]
+    if parts:
+        files[JOINED] = torch.cat([tensor.detach().cpu().flatten() for tensor in parts])
     return files
 
 
